@@ -1,0 +1,114 @@
+"""Figures of stage 04: the schedule over the SMs, and the partial results it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from flashmla.lab.figures import INK, TIER_COLOURS, canvas, request_colour, style
+from flashmla.schedule import OVERHEAD, TILE
+
+__all__ = ["Segment", "gantt", "parts_sweep", "segments", "split_weights"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one part does of one request: tiles [first_tile, last_tile)."""
+
+    part: int
+    request: int
+    first_tile: int
+    last_tile: int
+
+
+def segments(metadata: Any, cache_seqlens: Any) -> list[Segment]:
+    """Unfold the plan's rows into the pieces of work they stand for.
+
+    Args:
+        metadata: [parts, 8] int32, as ``get_mla_metadata`` gives it.
+        cache_seqlens: [b] int32 lengths the plan was made for.
+    """
+    tiles = -(-np.asarray(cache_seqlens, dtype=np.int64) // TILE)
+    pieces: list[Segment] = []
+    for part, row in enumerate(np.asarray(metadata).tolist()):
+        begin, begin_tile, end, end_tile = row[:4]
+        for request in range(begin, min(end + 1, len(tiles))):
+            first = begin_tile if request == begin else 0
+            last = end_tile if request == end else int(tiles[request])
+            # A request of no tiles is somebody's, who writes its empty result.
+            empty = tiles[request] == 0 and request < end
+            if last > first or empty:
+                pieces.append(Segment(part, request, first, last))
+    return pieces
+
+
+def gantt(metadata: Any, cache_seqlens: Any, title: str = "") -> Figure:
+    """One row a part (an SM works through it), time in tiles of 64 tokens from left to right.
+
+    Each piece starts with the pale cost of opening a request, then its tiles in the request's
+    colour. Drawn from the plan's own numbers, whichever tier computed them.
+    """
+    parts = len(np.asarray(metadata))
+    with style():
+        figure, (axes,) = canvas(7.6, float(np.clip(0.9 + 0.11 * parts, 2.2, 6.0)))
+        clock = np.zeros(parts)
+        for piece in segments(metadata, cache_seqlens):
+            start, work = clock[piece.part], piece.last_tile - piece.first_tile
+            axes.barh(piece.part, OVERHEAD, left=start, height=0.86, color="#d1d5db")
+            colour = request_colour(piece.request)
+            axes.barh(piece.part, work, left=start + OVERHEAD, height=0.86, color=colour)
+            if parts <= 24 and work > 0:
+                middle = start + OVERHEAD + work / 2
+                axes.text(
+                    middle, piece.part, str(piece.request), ha="center", va="center", size=7.5
+                )
+            clock[piece.part] += OVERHEAD + work
+        axes.invert_yaxis()
+        axes.set(xlabel=f"time, in tiles of {TILE} tokens", ylabel="part", title=title)
+        axes.axvline(clock.max(initial=1), color=INK, linewidth=0.8, linestyle=":")
+    return figure
+
+
+def split_weights(lse: Any, title: str = "") -> Figure:
+    """How much each split counts in the merged result, a row a head.
+
+    Args:
+        lse: [splits, h_q] partial LSEs, natural log, +inf or -inf where a split is empty.
+    """
+    lse = np.asarray(lse, dtype=np.float64)
+    lse = np.where(np.isposinf(lse), -np.inf, lse)
+    weights = np.exp(lse - np.logaddexp.reduce(lse, axis=0, keepdims=True))
+    with style():
+        figure, (axes,) = canvas(7.2, 2.6)
+        image = axes.imshow(weights.T, aspect="auto", cmap="Greens", vmin=0, vmax=1)
+        axes.set(xlabel="split", ylabel="head", title=title)
+        figure.colorbar(image, ax=axes, label="weight")
+    return figure
+
+
+def parts_sweep(
+    parts: Sequence[int], measured: Mapping[str, Sequence[float]], predicted: Sequence[float]
+) -> Figure:
+    """Time against the number of parts: the plan's longest part, and the clock where there is one.
+
+    Args:
+        parts: numbers of parts; predicted: longest part, in tiles.
+        measured: tier -> microseconds a call, drawn on an axis of its own; may be empty.
+    """
+    with style():
+        figure, (axes,) = canvas(7.2, 3.2)
+        axes.plot(parts, predicted, "--", color=INK, label="longest part, predicted")
+        axes.set(xlabel="parts", ylabel="tiles", xscale="log", yscale="log")
+        axes.grid()
+        if measured:
+            other = axes.twinx()
+            for tier, times in measured.items():
+                other.plot(parts, times, "o-", color=TIER_COLOURS[tier], label=f"{tier}, measured")
+            other.set(ylabel="µs", yscale="log")
+            other.legend(loc="upper right")
+        axes.legend(loc="lower left")
+    return figure
