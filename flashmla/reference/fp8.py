@@ -1,0 +1,85 @@
+"""Stage 05: the FP8 cache format of 656 bytes a token, in NumPy.
+
+    bytes 0-511     512 float8_e4m3 codes: the NoPE part, a value is code · scale
+    bytes 512-527   4 float32 scales, one for each tile of 128 values
+    bytes 528-655   64 bfloat16 values: the RoPE part, not quantised
+
+Numbers are stored little-endian.  Quantisation is float32 arithmetic by definition of the format,
+so here, and only here, the oracle computes in float32.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+D_NOPE, D_ROPE, TILE = 512, 64, 128
+SCALES_AT = D_NOPE  # byte offsets
+ROPE_AT = SCALES_AT + 4 * (D_NOPE // TILE)
+TOKEN_BYTES = ROPE_AT + 2 * D_ROPE
+E4M3_MAX = np.float32(448.0)
+SMALLEST_AMAX = np.float32(1e-4)
+
+
+def round_up_to_power_of_two(x):
+    """The smallest power of two that is >= x, exactly; x float32, positive and finite."""
+    mantissa, exponent = np.frexp(x)  # x = mantissa · 2^exponent, 0.5 <= mantissa < 1
+    return np.ldexp(np.float32(1.0), np.where(mantissa == 0.5, exponent - 1, exponent))
+
+
+def quantise(x, power_of_two=True):
+    """x float32 [..., n · 128] -> codes float8_e4m3fn [..., n · 128], scales float32 [..., n].
+
+    The largest value of a tile becomes 448, or up to twice less when scales are powers of two.
+    """
+    tiles = x.reshape(*x.shape[:-1], x.shape[-1] // TILE, TILE)
+    amax = np.max(np.abs(tiles), axis=-1)
+    scales = np.maximum(amax, SMALLEST_AMAX) / E4M3_MAX
+    if power_of_two:
+        scales = round_up_to_power_of_two(scales)
+    quotients = np.clip(tiles / scales[..., None], -E4M3_MAX, E4M3_MAX)
+    return quotients.astype(ml_dtypes.float8_e4m3fn).reshape(x.shape), scales
+
+
+def dequantise(codes, scales, dtype=np.float32):
+    """codes float8_e4m3fn [..., n · 128], scales float32 [..., n] -> values [..., n · 128]."""
+    tiles = codes.astype(dtype).reshape(*scales.shape, TILE)
+    return (tiles * scales[..., None].astype(dtype)).reshape(codes.shape)
+
+
+def pack(x, power_of_two=True):
+    """Tokens x [..., 576] of any float dtype -> cache bytes uint8 [..., 656]."""
+    x = np.asarray(x).astype(np.float32)
+    codes, scales = quantise(x[..., :D_NOPE], power_of_two)
+    rope = x[..., D_NOPE:].astype(ml_dtypes.bfloat16)
+    fields = [np.ascontiguousarray(field).view(np.uint8) for field in (codes, scales, rope)]
+    return np.concatenate(fields, axis=-1)
+
+
+def unpack(cache, dtype=np.float32):
+    """Cache bytes [..., 656], uint8 or any one-byte dtype -> values [..., 576].
+
+    With dtype float64 the products code · scale are exact; in float32 they are rounded once.
+    """
+    cache = np.ascontiguousarray(cache).view(np.uint8)
+    codes, scales, rope = np.split(cache, [SCALES_AT, ROPE_AT], axis=-1)
+    codes = np.ascontiguousarray(codes).view(ml_dtypes.float8_e4m3fn)
+    scales = np.ascontiguousarray(scales).view(np.float32)
+    rope = np.ascontiguousarray(rope).view(ml_dtypes.bfloat16)
+    return np.concatenate([dequantise(codes, scales, dtype), rope.astype(dtype)], axis=-1)
+
+
+def quantise_dequantise(x, power_of_two=True):
+    """What a token is worth after a stay in the cache: x [..., 576] -> float32 [..., 576]."""
+    return unpack(pack(x, power_of_two))
+
+
+def append(cache, slots, x, power_of_two=True):
+    """Pack tokens x [n, 576] into a cache [blocks, page, 1, 656], in place.
+
+    slots [n]: block · page + offset of each token; a negative slot drops its token.
+    """
+    page = cache.shape[1]
+    for slot, row in zip(slots, pack(x, power_of_two), strict=True):
+        if slot >= 0:
+            cache[slot // page, slot % page, 0] = row.view(cache.dtype)

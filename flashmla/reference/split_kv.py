@@ -1,0 +1,124 @@
+"""Stage 04: split-KV, in NumPy: partial results, their merge, and the plan that splits.
+
+Attention over a set of keys is summed up by (out, LSE).  The summaries of two disjoint sets merge
+into that of their union, in any order and any grouping, so that many processors can share one
+long sequence.  The plan says who does what.
+
+The plan lays all requests on one line: a request is OVERHEAD positions long, for what it costs to
+start one, and then as many as it has tiles of TILE tokens.  The line is cut into equal parts.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import numpy as np
+
+from flashmla.reference.mha import scaled_scores, softmax, ungroup_heads
+from flashmla.reference.paged_kv import gather
+
+TILE = 64  # tokens in a tile of work, whatever the page size
+OVERHEAD = 5  # what starting a request costs, in tiles
+
+
+def partial(q, k, v, begin, end, scale=None, causal=False):
+    """Attention with keys begin to end - 1 only; the causal mask is that of the whole sequence.
+
+    q [s_q, h_q, d_qk], k [s_k, h_kv, d_qk], v [s_k, h_kv, d_v]
+    -> out [s_q, h_q, d_v], lse [s_q, h_q]
+    """
+    s_q, h_q, _ = q.shape
+    probabilities, lse = softmax(scaled_scores(q, k, scale, causal)[..., begin:end])
+    out = probabilities @ np.asarray(v, np.float64)[begin:end].transpose(1, 0, 2)
+    return ungroup_heads(out, s_q, h_q), ungroup_heads(lse, s_q, h_q)
+
+
+def merge(out_a, lse_a, out_b, lse_b):
+    """The summary of a union of disjoint key sets: out [..., d], lse [...], natural log.
+
+        lse = log(exp(lse_a) + exp(lse_b))    out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+
+    +inf and -inf both mark a set that is empty; two empty sets give out 0 and LSE +inf.
+    """
+    parts = [
+        (np.asarray(out, np.float64), np.where(np.isinf(lse), -np.inf, np.asarray(lse, np.float64)))
+        for out, lse in ((out_a, lse_a), (out_b, lse_b))
+    ]
+    lse = np.logaddexp(parts[0][1], parts[1][1])
+    empty = lse == -np.inf
+    total = np.zeros(np.broadcast_shapes(parts[0][0].shape, parts[1][0].shape))
+    for out, part_lse in parts:
+        weight = np.exp(part_lse - np.where(empty, 0.0, lse))[..., None]
+        total = total + np.where(weight == 0, 0.0, weight * out)
+    return total, np.where(empty, np.inf, lse)
+
+
+def merge_many(outs, lses):
+    """Merge any number (>= 1) of summaries from left to right: lists of out [..., d], lse [...]."""
+    return reduce(lambda a, b: merge(*a, *b), zip(outs, lses, strict=True))
+
+
+def tiles_of(seqlen):
+    """How many tiles of TILE tokens hold seqlen tokens."""
+    return -(-int(seqlen) // TILE)
+
+
+def cut_line(seqlens, parts):
+    """Where each part begins and ends, as parts + 1 cuts (request, tile), by walking the line."""
+    line = [
+        (request, max(0, position - OVERHEAD))
+        for request, seqlen in enumerate(seqlens)
+        for position in range(OVERHEAD + tiles_of(seqlen))
+    ]
+    active = min(parts, len(line))
+    cuts = [line[part * len(line) // active] for part in range(active)]
+    return cuts + [(len(seqlens), 0)] * (parts + 1 - active)
+
+
+def plan_slow(seqlens, parts):
+    """The split plan from its definition: each part takes the tiles between its two cuts.
+
+    seqlens [b] -> metadata int32 [parts, 8]: begin request and tile, end request and tile (end not
+    included), how many earlier parts hold tiles of the begin request, and three zeros;
+    num_splits int32 [b + 1]: a request's partial results are numbered num_splits[i] onwards.
+    """
+    cuts = cut_line(seqlens, parts)
+    holders = [0] * len(seqlens)  # parts that hold tiles of the request, so far
+    metadata = np.zeros((parts, 8), np.int32)
+    for part, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        earlier = holders[begin[0]] if begin[1] > 0 else 0
+        metadata[part, :5] = *begin, *end, earlier
+        for request, seqlen in enumerate(seqlens):
+            tiles = [(request, tile) for tile in range(tiles_of(seqlen))]
+            holders[request] += any(begin <= tile < end for tile in tiles)
+    splits = [max(1, count) for count in holders]
+    return metadata, np.cumsum([0, *splits], dtype=np.int32)
+
+
+def work_of(metadata_row, seqlens):
+    """The tiles of one part, as {request: (first tile, end tile)}; an empty request has (0, 0)."""
+    begin, end = tuple(metadata_row[:2]), tuple(metadata_row[2:4])
+    work = {}
+    for request, seqlen in enumerate(seqlens):
+        candidates = range(max(1, tiles_of(seqlen)))
+        mine = [tile for tile in candidates if begin <= (request, tile) < end]
+        if mine:
+            work[request] = (mine[0], mine[-1] + 1 if seqlen else 0)
+    return work
+
+
+def split_decode(q, cache, block_table, seqlens, metadata, d_v, scale=None, causal=False):
+    """Paged decode as the plan has it: each part summarises its tiles, then requests are merged.
+
+    q [b, s_q, h_q, d_qk], cache [blocks, page, h_kv, d_qk], block_table [b, max_blocks],
+    seqlens [b], metadata [parts, 8] -> out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
+    """
+    summaries = {request: [] for request in range(len(q))}
+    for row in metadata:
+        for request, (first, end) in work_of(row, seqlens).items():
+            kv = gather(cache, block_table[request], seqlens[request])
+            tokens = first * TILE, min(end * TILE, len(kv))
+            part = partial(q[request], kv, kv[..., :d_v], *tokens, scale, causal)
+            summaries[request].append(part)
+    merged = [merge_many(*zip(*parts, strict=True)) for parts in summaries.values()]
+    return np.stack([out for out, _ in merged]), np.stack([lse.T for _, lse in merged])
