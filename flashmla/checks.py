@@ -1,0 +1,125 @@
+"""Checks of arguments that the public operations share.
+
+What the host knows (ranks, shapes, dtypes, devices, strides) is always checked: TypeError for
+something of the wrong kind, ValueError for the wrong size. What only the device knows (lengths,
+block numbers, indices) is checked when ``FLASHMLA_CHECK=1`` is set, at the price of
+a synchronisation a call. Every message names the argument, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Sequence
+
+import torch
+
+__all__ = [
+    "check_bool",
+    "check_device",
+    "check_dtype",
+    "check_int",
+    "check_last_dim_contiguous",
+    "check_range",
+    "check_shape",
+    "check_tensor",
+    "values_wanted",
+]
+
+
+def values_wanted() -> bool:
+    """True when ``FLASHMLA_CHECK`` asks for checks of values on the device."""
+    return os.environ.get("FLASHMLA_CHECK", "0") not in ("", "0") and not _compiling()
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    dims: str,
+    dtypes: Sequence[torch.dtype] = (),
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Kind, rank, dtype, device and a contiguous last dimension of a tensor argument.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+        dims: the dimensions as the docstring writes them, for example "[b, s_q, h_q, 576]".
+        dtypes: the dtypes that are allowed; empty allows any.
+        device: where the tensor has to be; None allows any.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {dims}, got {type(value).__name__}")
+    rank = dims.count(",") + 1
+    if value.dim() != rank:
+        raise ValueError(
+            f"{name} must have {rank} dimensions {dims}, got {value.dim()}: {list(value.shape)}"
+        )
+    if dtypes and value.dtype not in dtypes:
+        check_dtype(name, value, dtypes)
+    if device is not None and value.device != device:
+        check_device(name, value, device)
+    check_last_dim_contiguous(name, value)
+    return value
+
+
+def check_dtype(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if value.dtype not in dtypes:
+        allowed = " or ".join(_short(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be of dtype {allowed}, got {_short(value.dtype)}")
+
+
+def check_device(name: str, value: torch.Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, as the query is, got {value.device}")
+
+
+def check_last_dim_contiguous(name: str, value: torch.Tensor) -> None:
+    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension (stride 1), got strides "
+            f"{list(value.stride())}; call .contiguous()"
+        )
+
+
+def check_shape(name: str, value: torch.Tensor, shape: Sequence[int | None], dims: str) -> None:
+    """The sizes of a tensor; None in shape allows any."""
+    for have, want in zip(value.shape, shape, strict=True):
+        if want is not None and have != want:
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"{name} must have shape {dims} = [{wanted}], got {list(value.shape)}")
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """An integer (Python's or NumPy's) of at least minimum."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or torch.is_tensor(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    number = operator.index(value)  # type: ignore[arg-type]
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
+    return value
+
+
+def check_range(name: str, value: torch.Tensor, low: int, high: int, meaning: str) -> None:
+    """Every value within [low, high]; reads the tensor, so only where values are wanted."""
+    wrong = ((value < low) | (value > high)).nonzero()
+    if len(wrong):
+        place = wrong[0].tolist()
+        raise ValueError(
+            f"{name}{place} is {value[tuple(place)].item()}, but {meaning} must be from {low} to "
+            f"{high} ({len(wrong)} such values)"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

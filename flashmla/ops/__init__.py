@@ -1,0 +1,1 @@
+"""The public operations: argument checks, dispatch to a tier, registration with torch.library."""

@@ -1,0 +1,5 @@
+from torch import Tensor
+
+
+def sparse_decode(*a) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError

@@ -1,0 +1,49 @@
+"""Registration of tier functions as torch operators, so that torch.compile can trace them.
+
+An eager call never passes through here: a torch operator costs tens of microseconds, as much as
+the work of a small decode step. Under torch.compile the public functions call the operator, whose
+fake function gives the compiler the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flashmla import backend
+
+__all__ = ["define"]
+
+_LIBRARY = torch.library.Library("flashmla", "DEF")
+
+
+def define(
+    op: str, schema: str, fake: Callable[..., Any], device_argument: int = 0
+) -> Callable[..., Any]:
+    """Register a dispatched operation.
+
+    Args:
+        op: its name among the tiers, "<stage>.<function>"; the operator is ``flashmla::<function>``.
+        schema: arguments and results in torch's schema language, without the name.
+        fake: gives results of the right shapes and dtypes from arguments without data.
+        device_argument: which argument's device chooses the tier.
+
+    Returns:
+        A function of the same arguments: the tier's when run eagerly, the operator when compiled.
+    """
+    name = op.split(".")[1]
+
+    def run(*args: Any) -> Any:
+        return backend.call(op, args[device_argument].device, *args)
+
+    _LIBRARY.define(f"{name}{schema}")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashmla::{name}", fake, lib=_LIBRARY)
+    operator = getattr(torch.ops.flashmla, name).default
+
+    def dispatch(*args: Any) -> Any:
+        return operator(*args) if torch.compiler.is_compiling() else run(*args)
+
+    return dispatch

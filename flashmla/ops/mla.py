@@ -1,0 +1,246 @@
+"""Decoding over the paged latent cache: ``flash_mla_with_kvcache``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashmla.checks import (
+    check_bool,
+    check_int,
+    check_range,
+    check_shape,
+    check_tensor,
+    values_wanted,
+)
+from flashmla.ops import dsa
+from flashmla.ops.library import define
+from flashmla.ops.split_kv import SplitPlan, check_plan_fresh, check_plan_tensors
+
+__all__ = ["HEAD_DIM_QK", "HEAD_DIM_V", "flash_mla_with_kvcache"]
+
+HEAD_DIM_QK = 576
+"""512 latent dimensions and 64 rotated ones."""
+
+HEAD_DIM_V = 512
+"""The latent dimensions, which are the values too."""
+
+
+def _fake_dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    b, s_q, h_q, _ = q.shape
+    lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    return q.new_empty(b, s_q, h_q, head_dim_v), lse
+
+
+_dense_decode = define(
+    "mla.dense_decode",
+    "(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, int head_dim_v, "
+    "Tensor tile_scheduler_metadata, Tensor num_splits, float softmax_scale, bool causal) "
+    "-> (Tensor, Tensor)",
+    _fake_dense_decode,
+)
+
+
+def flash_mla_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor | SplitPlan | None,
+    num_splits: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices_in_kvcache: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """MLA decoding over a paged cache: dense, or over the tokens that ``indices`` names.
+
+    Keys and values are the same 576 numbers a token: all of them are the key, the first 512 the
+    value. Nothing beyond a length, in an unused page, behind index -1 or out of range is read into
+    a result, NaN included. A block number out of range within the length is the caller's
+    mistake: nothing outside the cache is read, and the result is unspecified.
+
+    Args:
+        q: [b, s_q, h_q, 576], bfloat16 or float16; float32 on CPU tensors as well.
+        k_cache: [blocks, page, h_kv, 576] of q's dtype, h_q a multiple of h_kv. The stride between
+            pages is free, so a slice of a larger cache will do. Any page size; the Hopper kernel
+            takes 64, and other sizes run on Triton. With ``is_fp8_kvcache``
+            [blocks, page, 1, 656] of float8_e4m3fn, uint8 or int8 (see :mod:`flashmla.fp8`).
+        block_table: int32 [b, max_blocks], the pages of each request in order; what lies behind a
+            request's length may hold anything. May be None with ``indices``.
+        cache_seqlens: int32 [b], tokens of each request; 0 is allowed. May be None with
+            ``indices``.
+        head_dim_v: 512.
+        tile_scheduler_metadata: the plan of :func:`get_mla_metadata` for these lengths, in either
+            form: int32 [parts, 8], or the object, which the first call fills in. A sparse call
+            takes None as well.
+        num_splits: int32 [b + 1], the plan's second tensor; None with the object.
+        softmax_scale: what scores are multiplied by; 576 ** -0.5 unless given.
+        causal: dense only. Query i of s_q sees the keys at positions up to
+            length - s_q + i: the last query is aligned with the last key.
+        is_fp8_kvcache: the cache holds 656-byte FP8 tokens; needs ``indices``.
+        indices: int32 [b, s_q, topk], the tokens that each query reads, as
+            block * page + offset; -1 is skipped, and so is whatever lies out of range.
+        attn_sink: float32 [h_q], sparse only: scales the output by
+            exp(lse) / (exp(lse) + exp(sink)) and leaves the LSE alone.
+        extra_k_cache: None; a second cache is not supported yet, nor are its companions.
+        extra_indices_in_kvcache: None.
+        topk_length: int32 [b] or [b, s_q], sparse only: how many of a query's indices count.
+        extra_topk_length: None.
+
+    Returns:
+        (out, lse): out [b, s_q, h_q, 512] in q's dtype; lse float32 [b, h_q, s_q], the natural
+        logarithm of the sum of exp(scaled score). A query with nothing to attend to gives
+        out 0 and lse +inf.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong rank, shape, device, stride or head size, h_q not a multiple of h_kv,
+            or a plan of another batch size. With ``FLASHMLA_CHECK=1`` also lengths, block numbers
+            and indices out of range, and a plan made for other lengths.
+        NotImplementedError: ``extra_k_cache`` or a companion is given.
+
+    Source: ``flashmla/torch/mla.py``, ``flashmla/triton/mla.py``, ``csrc/sm90/dense_decode/``;
+    sparse: ``flashmla/torch/dsa.py``.
+    """
+    extras = {
+        "extra_k_cache": extra_k_cache,
+        "extra_indices_in_kvcache": extra_indices_in_kvcache,
+        "extra_topk_length": extra_topk_length,
+    }
+    for name, extra in extras.items():
+        if extra is not None:
+            raise NotImplementedError(f"{name} must be None: a second cache is not supported yet")
+    check_bool("causal", causal)
+    check_bool("is_fp8_kvcache", is_fp8_kvcache)
+    _check_query(q, head_dim_v)
+    scale = HEAD_DIM_QK**-0.5 if softmax_scale is None else float(softmax_scale)
+    if indices is not None:
+        if causal:
+            raise ValueError("causal must be False with indices: they say what each query sees")
+        if isinstance(tile_scheduler_metadata, SplitPlan):
+            tile_scheduler_metadata.serve(q.shape[0], sparse=True)
+        return dsa.sparse_decode(
+            q, k_cache, indices, head_dim_v, scale, is_fp8_kvcache, attn_sink, topk_length
+        )
+    if is_fp8_kvcache:
+        raise ValueError("is_fp8_kvcache=True needs indices: only sparse decode reads FP8 caches")
+    for name, sparse_only in (("attn_sink", attn_sink), ("topk_length", topk_length)):
+        if sparse_only is not None:
+            raise ValueError(f"{name} must be None without indices: it is for sparse decode")
+    return _checked_dense_decode(
+        q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, scale, causal
+    )
+
+
+def _check_query(q: object, head_dim_v: object) -> None:
+    q = check_tensor("q", q, "[b, s_q, h_q, 576]")
+    floats = [torch.bfloat16, torch.float16]
+    if q.device.type == "cpu":
+        floats.append(torch.float32)
+    check_tensor("q", q, "[b, s_q, h_q, 576]", floats)
+    if q.shape[-1] != HEAD_DIM_QK:
+        raise ValueError(
+            f"q must have head size {HEAD_DIM_QK}, the only one supported, got "
+            f"{q.shape[-1]}: {list(q.shape)}"
+        )
+    if check_int("head_dim_v", head_dim_v, 1) != HEAD_DIM_V:
+        raise ValueError(
+            f"head_dim_v must be {HEAD_DIM_V}, the only one supported, got {head_dim_v}"
+        )
+    if 0 in (q.shape[1], q.shape[2]):
+        raise ValueError(f"q must have at least one token and one head, got {list(q.shape)}")
+
+
+def _checked_dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    plan: Tensor | SplitPlan | None,
+    num_splits: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, s_q, h_q, _ = q.shape
+    dims = "[blocks, page, h_kv, 576]"
+    check_tensor("k_cache", k_cache, dims, (q.dtype,), q.device)
+    check_shape("k_cache", k_cache, (None, None, None, HEAD_DIM_QK), dims)
+    check_page_strides(k_cache, dims)
+    _, page, h_kv, _ = k_cache.shape
+    if h_kv == 0 or h_q % h_kv:
+        raise ValueError(f"q has {h_q} heads, which k_cache's {h_kv} heads do not divide")
+    if page == 0:
+        raise ValueError(
+            f"k_cache must have pages of at least one token, got {list(k_cache.shape)}"
+        )
+    table = check_tensor("block_table", block_table, "[b, max_blocks]", (torch.int32,), q.device)
+    check_shape("block_table", table, (batch, None), "[b, max_blocks]")
+    seqlens = check_tensor("cache_seqlens", cache_seqlens, "[b]", (torch.int32,), q.device)
+    check_shape("cache_seqlens", seqlens, (batch,), "[b]")
+
+    if isinstance(plan, SplitPlan):
+        if num_splits is not None:
+            raise TypeError("num_splits must be None with a plan object, which holds its own")
+        plan.serve(batch, sparse=False)
+        metadata, splits = plan.tensors(seqlens, s_q * h_q // h_kv, h_kv)
+    else:
+        metadata, splits = check_plan_tensors(
+            "tile_scheduler_metadata", plan, "num_splits", num_splits, batch, q.device
+        )
+    if values_wanted():
+        _check_values(k_cache, table, seqlens)
+        check_plan_fresh(metadata, splits, seqlens)
+    if batch == 0:
+        return _fake_dense_decode(
+            q, k_cache, table, seqlens, HEAD_DIM_V, metadata, splits, scale, causal
+        )
+    out, lse = _dense_decode(
+        q, k_cache, table, seqlens, HEAD_DIM_V, metadata, splits, scale, causal
+    )
+    return out, lse
+
+
+def check_page_strides(cache: Tensor, dims: str) -> None:
+    """Within a page tokens and heads must be packed; only the stride between pages is free."""
+    _, page, heads, width = cache.shape
+    packed = (page <= 1 or cache.stride(1) == heads * width) and (
+        heads <= 1 or cache.stride(2) == width
+    )
+    if not packed:
+        raise ValueError(
+            f"k_cache {dims} must be contiguous within a page (only the stride between pages is "
+            f"free), got strides {list(cache.stride())} for shape {list(cache.shape)}"
+        )
+
+
+def _check_values(k_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> None:
+    blocks, page = k_cache.shape[:2]
+    max_blocks = block_table.shape[1]
+    check_range(
+        "cache_seqlens", cache_seqlens, 0, max_blocks * page, "a length (max_blocks * page)"
+    )
+    used = torch.arange(max_blocks, device=block_table.device) * page < cache_seqlens[:, None]
+    check_range(
+        "block_table",
+        block_table.masked_fill(~used, 0 if blocks else -1),
+        0 if blocks else -1,
+        blocks - 1,
+        "a block number within the length",
+    )

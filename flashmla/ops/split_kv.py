@@ -1,0 +1,276 @@
+"""Split plans and the merging of partial results: ``get_mla_metadata`` and ``merge_state``."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashmla import backend, schedule
+from flashmla.checks import check_device, check_int, check_shape, check_tensor, values_wanted
+from flashmla.ops.library import define
+
+__all__ = ["SplitPlan", "get_mla_metadata", "merge_state"]
+
+
+@dataclass
+class SplitPlan:
+    """A split plan that the first :func:`flash_mla_with_kvcache` call fills in.
+
+    It belongs to one set of lengths, as the two tensors of the other form do: make a new one
+    whenever ``cache_seqlens`` changes, and share it among all calls (the layers of a model, say)
+    that use the same lengths.
+
+    Attributes:
+        tile_scheduler_metadata: int32 [parts, 8], None until filled in.
+        num_splits: int32 [b + 1], None until filled in.
+    """
+
+    tile_scheduler_metadata: Tensor | None = None
+    num_splits: Tensor | None = None
+    _batch: int | None = None
+    _sparse: bool = False
+    _seqlens: weakref.ref[Tensor] | None = None
+    _seqlens_version: int = -1
+
+    def serve(self, batch: int, sparse: bool) -> None:
+        """Claims the plan for calls of one batch size and kind; refuses any other.
+
+        Raises:
+            ValueError: the plan was filled in by a call of another batch size, or by a dense call
+                and is now given to a sparse one, or the other way round.
+        """
+        if self._batch is None:
+            self._batch, self._sparse = batch, sparse
+        if self._batch != batch:
+            raise ValueError(
+                f"tile_scheduler_metadata is a plan for batch size {self._batch}, but q has batch "
+                f"size {batch}; call get_mla_metadata() for a new plan"
+            )
+        if self._sparse != sparse:
+            kinds = ("dense", "sparse")
+            raise ValueError(
+                f"tile_scheduler_metadata is a plan of a {kinds[self._sparse]} call and cannot "
+                f"serve a {kinds[sparse]} one; call get_mla_metadata() for a new plan"
+            )
+
+    def tensors(
+        self, cache_seqlens: Tensor, num_q_tokens_per_head_k: int, num_heads_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """The plan's two tensors, made from these arguments at the first call.
+
+        Raises:
+            ValueError: the very tensor of lengths that the plan was made from has been written
+                since. That much the host knows; other staleness ``FLASHMLA_CHECK=1`` finds.
+        """
+        if self.tile_scheduler_metadata is None or self.num_splits is None:
+            self.tile_scheduler_metadata, self.num_splits = get_mla_metadata(
+                cache_seqlens, num_q_tokens_per_head_k, num_heads_k
+            )
+            if not torch.compiler.is_compiling():
+                self._seqlens = weakref.ref(cache_seqlens)
+                self._seqlens_version = _version(cache_seqlens)
+        elif not torch.compiler.is_compiling() and self._seqlens is not None:
+            same = self._seqlens() is cache_seqlens
+            if same and self._seqlens_version != _version(cache_seqlens):
+                raise ValueError(
+                    "tile_scheduler_metadata is a stale plan: cache_seqlens was written since the "
+                    "plan was made; call get_mla_metadata() for a new plan"
+                )
+        return self.tile_scheduler_metadata, self.num_splits
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _fake_get_metadata(cache_seqlens: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    metadata = cache_seqlens.new_empty(parts, schedule.METADATA_COLUMNS, dtype=torch.int32)
+    return metadata, cache_seqlens.new_empty(cache_seqlens.shape[0] + 1, dtype=torch.int32)
+
+
+def _fake_merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(out_a), torch.empty_like(lse_a)
+
+
+_get_metadata = define(
+    "split_kv.get_metadata",
+    "(Tensor cache_seqlens, int parts) -> (Tensor, Tensor)",
+    _fake_get_metadata,
+)
+_merge_state = define(
+    "split_kv.merge_state",
+    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+    _fake_merge_state,
+)
+
+
+def get_mla_metadata(
+    cache_seqlens: Tensor | None = None,
+    num_q_tokens_per_head_k: int | None = None,
+    num_heads_k: int | None = None,
+    num_heads_q: int | None = None,
+    is_fp8_kvcache: bool = False,
+    topk: int | None = None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor | SplitPlan, Tensor | None]:
+    """The split plan for :func:`flash_mla_with_kvcache`, in either of its two forms.
+
+    With lengths it returns two tensors to keep, copy and pass on. With no argument it returns
+    ``(plan, None)``: an empty :class:`SplitPlan`, filled in by the first call that uses it.
+    The plan depends on the lengths, so it has to be made anew whenever they change. It counts
+    tiles of 64 tokens, whatever the cache's page size.
+
+    Args:
+        cache_seqlens: int32 [b], tokens of each request in the cache.
+        num_q_tokens_per_head_k: s_q * h_q // h_kv, the query rows that share a KV head.
+        num_heads_k: h_kv.
+        num_heads_q: h_q, for sparse attention; taken for compatibility, and not needed.
+        is_fp8_kvcache: taken for compatibility; the plan is the same.
+        topk: tokens that each query of a sparse call reads; they replace the lengths.
+        out: the two tensors of an earlier plan of the same b and the same head counts, rewritten
+            in place: a captured CUDA graph reschedules this way.
+
+    Returns:
+        (tile_scheduler_metadata [parts, 8], num_splits [b + 1]), both int32, on the device of
+        ``cache_seqlens``; :func:`flashmla.schedule.plan` says what is in them. On CPU tensors
+        the number of parts is that of a card with 132 SMs.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype, or some but not all of the first three.
+        ValueError: a wrong shape or device, numbers below 1, or ``out`` of another size.
+
+    Source: ``flashmla/schedule.py``, ``csrc/sm90/scheduler.cu``, ``flashmla/triton/split_kv.py``.
+    """
+    if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
+        if out is not None:
+            raise TypeError("out needs cache_seqlens, num_q_tokens_per_head_k and num_heads_k")
+        return SplitPlan(), None
+    if cache_seqlens is None or num_q_tokens_per_head_k is None or num_heads_k is None:
+        raise TypeError(
+            "get_mla_metadata takes no argument at all, or cache_seqlens, num_q_tokens_per_head_k "
+            "and num_heads_k together"
+        )
+    check_tensor("cache_seqlens", cache_seqlens, "[b]", (torch.int32,))
+    rows = check_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
+    heads = check_int("num_heads_k", num_heads_k, 1)
+    if topk is not None:
+        cache_seqlens = torch.full_like(cache_seqlens, check_int("topk", topk, 0))
+    parts = schedule.num_parts(rows, heads, num_sms(cache_seqlens.device))
+    if out is None:
+        metadata, num_splits = _get_metadata(cache_seqlens, parts)
+        return metadata, num_splits
+    _check_out(out, parts, cache_seqlens)
+    backend.call("split_kv.get_metadata", cache_seqlens.device, cache_seqlens, parts, out)
+    return out
+
+
+def _check_out(out: object, parts: int, cache_seqlens: Tensor) -> None:
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        raise TypeError("out must be the tuple (tile_scheduler_metadata, num_splits)")
+    batch = cache_seqlens.shape[0]
+    check_plan_tensors("out[0]", out[0], "out[1]", out[1], batch, cache_seqlens.device)
+    check_shape("out[0]", out[0], (parts, schedule.METADATA_COLUMNS), "[parts, 8]")
+
+
+def check_plan_tensors(
+    metadata_name: str,
+    metadata: object,
+    num_splits_name: str,
+    num_splits: object,
+    batch: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Shapes, dtypes and devices of a plan's two tensors for a batch size."""
+    columns = schedule.METADATA_COLUMNS
+    metadata = check_tensor(metadata_name, metadata, "[parts, 8]", (torch.int32,), device)
+    check_shape(metadata_name, metadata, (None, columns), "[parts, 8]")
+    num_splits = check_tensor(num_splits_name, num_splits, "[b + 1]", (torch.int32,), device)
+    if num_splits.shape[0] != batch + 1:
+        raise ValueError(
+            f"{num_splits_name} has {num_splits.shape[0]} entries, a plan for batch size "
+            f"{num_splits.shape[0] - 1}, but the batch size is {batch}: it must have shape "
+            f"[b + 1] = [{batch + 1}]"
+        )
+    for name, tensor in ((metadata_name, metadata), (num_splits_name, num_splits)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
+    return metadata, num_splits
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; any other device is planned as an H100."""
+    if device.type != "cuda":
+        return schedule.CPU_NUM_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from the results over each of them.
+
+    The operation is associative and commutative up to rounding. Log-sum-exps are natural: one in
+    base 2 gives a wrong result that looks plausible. A result that ``attn_sink`` has scaled cannot
+    be merged: apply the sink last. :func:`flash_mla_with_kvcache` returns lse [b, h_q, s_q] beside
+    out [b, s_q, h_q, d]; pass ``lse.transpose(1, 2)``.
+
+    Args:
+        out_a: [..., d], float32, bfloat16 or float16.
+        lse_a: float32 [...], the leading dimensions of ``out_a``. +inf (what the attention
+            functions return for a row with no key) and -inf both mean that the half is empty;
+            its out is then not read.
+        out_b: as ``out_a``, same shape and dtype.
+        lse_b: as ``lse_a``.
+
+    Returns:
+        (out, lse) of the same shapes and dtypes. Two empty halves give an empty whole: out 0 and
+        lse +inf.
+
+    Raises:
+        TypeError: not tensors, or of the wrong dtype.
+        ValueError: shapes or devices that do not match.
+
+    Source: ``flashmla/torch/split_kv.py``, ``csrc/sm90/combine.cu``, ``flashmla/triton/split_kv.py``.
+    """
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if not isinstance(out_a, Tensor):
+        raise TypeError(f"out_a must be a torch.Tensor [..., d], got {type(out_a).__name__}")
+    dims = "[" + ", ".join(["..."] * (out_a.dim() - 1) + ["d"]) + "]"
+    lse_dims = "[" + ", ".join(["..."] * (out_a.dim() - 1)) + "]"
+    check_tensor("out_a", out_a, dims, floats)
+    check_tensor("out_b", out_b, dims, (out_a.dtype,), out_a.device)
+    check_shape("out_b", out_b, out_a.shape, "the shape of out_a")
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        if not isinstance(lse, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor {lse_dims}, got {type(lse).__name__}")
+        if lse.dtype != torch.float32:
+            raise TypeError(f"{name} must be of dtype float32, got {lse.dtype}")
+        check_device(name, lse, out_a.device)
+        if lse.shape != out_a.shape[:-1]:
+            raise ValueError(
+                f"{name} must have out_a's shape without its last dimension, "
+                f"{list(out_a.shape[:-1])}, got {list(lse.shape)}"
+            )
+    out, lse = _merge_state(out_a, lse_a, out_b, lse_b)
+    return out, lse
+
+
+def check_plan_fresh(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor) -> None:
+    """With ``FLASHMLA_CHECK``: the plan is the one that these lengths give."""
+    if not values_wanted():
+        return
+    fresh = schedule.plan(cache_seqlens.cpu().numpy(), metadata.shape[0])
+    for have, want in zip((metadata, num_splits), fresh, strict=True):
+        if not torch.equal(have.cpu(), torch.from_numpy(want)):
+            raise ValueError(
+                "tile_scheduler_metadata is a stale plan: it was made from other lengths than "
+                "cache_seqlens now holds; call get_mla_metadata again"
+            )

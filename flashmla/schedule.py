@@ -1,0 +1,105 @@
+"""The split plan of dense decode: which part of the card does which tiles of which request.
+
+The plan is a pure function of the lengths and of the number of parts, and every tier makes the
+same one. All requests are laid on one line. Request i takes up OVERHEAD + tiles_i places of it,
+where tiles_i = ceil(length_i / TILE) and OVERHEAD is what starting a request costs, in tiles. The
+line is cut into pieces of equal length, one a part. A cut inside a request's overhead is moved back
+to the request's start. So a part holds a range of (request, tile) pairs, and a long request is
+split over several parts, whose partial results are merged by their log-sum-exp.
+
+Tiles have 64 tokens whatever the page size of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["CPU_NUM_SMS", "METADATA_COLUMNS", "OVERHEAD", "TILE", "num_parts", "plan"]
+
+TILE = 64
+"""Tokens in a tile."""
+
+OVERHEAD = 5
+"""What starting a request costs, counted in tiles."""
+
+CPU_NUM_SMS = 132
+"""Streaming multiprocessors assumed for CPU tensors: an H100's, so that plans look the same."""
+
+METADATA_COLUMNS = 8
+"""begin_request, begin_tile, end_request, end_tile, begin_split and three zeros."""
+
+_ROWS_PER_PART = 64  # query rows that one thread block serves
+
+
+def num_parts(num_q_tokens_per_head_k: int, num_heads_k: int, num_sms: int = CPU_NUM_SMS) -> int:
+    """Parts into which the work is cut: thread blocks that run at the same time for one KV head.
+
+    Args:
+        num_q_tokens_per_head_k: s_q * h_q / h_kv, the query rows that read the same KV head.
+        num_heads_k: h_kv.
+        num_sms: streaming multiprocessors of the card; CPU tensors are planned as if for 132.
+
+    Returns:
+        max(1, num_sms // (h_kv * ceil(num_q_tokens_per_head_k / 64))).
+    """
+    row_blocks = -(-num_q_tokens_per_head_k // _ROWS_PER_PART)
+    return max(1, num_sms // (num_heads_k * row_blocks))
+
+
+def plan(
+    cache_seqlens: Sequence[int] | npt.NDArray[np.integer], parts: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """The split plan in closed form.
+
+    Args:
+        cache_seqlens: [b] tokens of each request; below zero counts as zero.
+        parts: how many pieces to cut the work into, at least 1.
+
+    Returns:
+        (tile_scheduler_metadata, num_splits), both int32. Row p of the [parts, 8] metadata is
+        begin_request, begin_tile, end_request, end_tile, begin_split, 0, 0, 0: part p does the
+        half-open lexicographic range of (request, tile) from its begin to its end; end_tile 0 means
+        that end_request is not touched, begin == end that the part is empty, and begin_split is
+        how many earlier parts hold tiles of begin_request. num_splits [b + 1] holds prefix sums,
+        from 0, of the number of parts that hold tiles of each request (1 for an empty request).
+
+    Raises:
+        ValueError: parts below 1, or cache_seqlens not of one dimension.
+    """
+    seqlens = np.asarray(cache_seqlens, dtype=np.int64)
+    if seqlens.ndim != 1:
+        raise ValueError(f"cache_seqlens must have shape [b], got shape {list(seqlens.shape)}")
+    if parts < 1:
+        raise ValueError(f"parts must be at least 1, got {parts}")
+    metadata = np.zeros((parts, METADATA_COLUMNS), dtype=np.int32)
+    num_splits = np.zeros(len(seqlens) + 1, dtype=np.int32)
+    if len(seqlens) == 0:
+        return metadata, num_splits
+
+    tiles = (np.maximum(seqlens, 0) + TILE - 1) // TILE
+    ends = np.cumsum(OVERHEAD + tiles)
+    starts = np.concatenate([[0], ends])  # C_0 .. C_b
+    total = int(ends[-1])
+    active = min(parts, total)
+
+    # Where each part begins, and where the last one ends: request and tile of parts + 1 cuts.
+    part = np.arange(parts + 1, dtype=np.int64)
+    position = np.where(part < active, part * total // active, total)
+    request = np.searchsorted(starts, position, side="right") - 1
+    tile = np.maximum(0, position - starts[request] - OVERHEAD)
+
+    def last_part_at_or_before(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.minimum(active - 1, ((place + 1) * active - 1) // total)
+
+    first = last_part_at_or_before(starts[:-1] + OVERHEAD)  # the part that holds tile 0
+    last = last_part_at_or_before(starts[1:] - 1)
+    num_splits[1:] = np.cumsum(np.maximum(1, last - first + 1))
+
+    metadata[:, 0], metadata[:, 1] = request[:-1], tile[:-1]
+    metadata[:, 2], metadata[:, 3] = request[1:], tile[1:]
+    inside = tile[:-1] > 0
+    metadata[inside, 4] = part[:-1][inside] - first[request[:-1][inside]]
+    return metadata, num_splits

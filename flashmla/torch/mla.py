@@ -1,0 +1,113 @@
+"""Dense MLA decode over the paged cache, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flashmla.schedule import TILE
+from flashmla.torch.online_softmax import OnlineSoftmax
+from flashmla.torch.split_kv import combine
+
+__all__ = ["dense_decode"]
+
+_BLOCK = 1024  # keys that one step of the online softmax takes
+_BATCH_KEYS = 16384  # keys gathered at a time, over all the splits worked on together
+
+
+def dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each split of the plan, several splits at a time, then the merge of each
+    request's splits."""
+    batch, s_q, h_q, d_qk = q.shape
+    h_kv = k_cache.shape[2]
+    reach = block_table.shape[1] * k_cache.shape[1] if k_cache.shape[0] else 0
+    lengths = cache_seqlens.long().clamp(0, reach)
+    prefix = num_splits.tolist()
+    splits = _splits(tile_scheduler_metadata.tolist(), prefix, lengths.tolist())
+
+    # Rows that share a KV head stand together: [b, h_kv, s_q * group, d_qk].
+    rows = q.view(batch, s_q, h_kv, h_q // h_kv, d_qk).transpose(1, 2).flatten(2, 3).float()
+    shape = (prefix[-1], h_kv, rows.shape[2])
+    out_partial = torch.zeros(*shape, head_dim_v, device=q.device)
+    lse_partial = torch.full(shape, float("-inf"), device=q.device)
+    if causal:  # the last query is aligned with the last key
+        seen = lengths.unsqueeze(1) - s_q + 1 + torch.arange(s_q, device=q.device)
+    else:
+        seen = lengths.unsqueeze(1).expand(batch, s_q)
+    seen = seen.repeat_interleave(h_q // h_kv, dim=1)  # keys that each row sees: [b, rows]
+
+    for group in _batches(splits):
+        slot, request, begin, end = torch.tensor(group, device=q.device).unbind(1)
+        softmax = OnlineSoftmax((len(group), *shape[1:]), head_dim_v, q.device)
+        scaled = rows[request] * softmax_scale
+        longest = max(last - first for _, _, first, last in group)
+        for offset in range(0, longest, _BLOCK):
+            block = torch.arange(offset, min(offset + _BLOCK, longest), device=q.device)
+            position = begin.unsqueeze(1) + block
+            keys = _gather(k_cache, block_table[request], position, position < end.unsqueeze(1))
+            visible = position.unsqueeze(1) < torch.minimum(end[:, None], seen[request])[..., None]
+            scores = (scaled @ keys.mT).masked_fill_(~visible.unsqueeze(1), float("-inf"))
+            softmax.update(scores, keys[..., :head_dim_v])
+        out_partial[slot], lse_partial[slot] = softmax.finish()
+
+    out, lse = combine(out_partial, lse_partial, prefix)
+    out = out.view(batch, h_kv, s_q, -1, head_dim_v).transpose(1, 2).flatten(2, 3)
+    lse = lse.view(batch, h_kv, s_q, -1).transpose(2, 3).flatten(1, 2)
+    return out.to(q.dtype), lse.contiguous()
+
+
+Split = tuple[int, int, int, int]  # slot, request, first key, end of keys
+
+
+def _splits(metadata: list[list[int]], num_splits: list[int], lengths: list[int]) -> list[Split]:
+    """The splits of a plan: what each part does of each request that it touches."""
+    splits = []
+    for begin_request, begin_tile, end_request, end_tile, begin_split, *_ in metadata:
+        for request in range(begin_request, min(end_request + 1, len(lengths))):
+            first = begin_tile if request == begin_request else 0
+            length = lengths[request]
+            end = min(length, end_tile * TILE) if request == end_request else length
+            slot = num_splits[request] + (begin_split if request == begin_request else 0)
+            # A plan made for other lengths may not fit; it gives a wrong result and no more.
+            if first * TILE < end and slot < num_splits[request + 1]:
+                splits.append((slot, request, first * TILE, end))
+    return splits
+
+
+def _batches(splits: list[Split]) -> Iterator[list[Split]]:
+    """Splits to work on together: neighbours, until their keys fill the buffer."""
+    group: list[Split] = []
+    longest = 0
+    for split in splits:
+        longest = max(longest, min(_BLOCK, split[3] - split[2]))
+        if group and longest * (len(group) + 1) > _BATCH_KEYS:
+            yield group
+            group, longest = [], min(_BLOCK, split[3] - split[2])
+        group.append(split)
+    if group:
+        yield group
+
+
+def _gather(k_cache: Tensor, block_table: Tensor, position: Tensor, valid: Tensor) -> Tensor:
+    """Keys at token positions [n, keys] of n block tables: [n, h_kv, keys, d_qk] in float32.
+
+    What is not valid is not read: it takes token 0 of page 0, and then zeros over it.
+    """
+    num_blocks, page = k_cache.shape[:2]
+    position = position.masked_fill(~valid, 0)
+    block = block_table.gather(1, position // page).long()
+    block = block.clamp(0, num_blocks - 1)  # a caller's wrong block number stays inside the cache
+    keys = k_cache[block, position % page].float()
+    return keys.masked_fill_(~valid[..., None, None], 0.0).transpose(1, 2)
