@@ -1,0 +1,157 @@
+"""What is measured: one row a case, with the operations and bytes that it needs at least.
+
+The dense decode rows are those for which the frozen Hopper kernels of the peer have published
+figures to meet; the sparse rows stand here as data for the kernels that are to come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["CASES", "OPS", "QUICK", "TINY", "Case", "select"]
+
+BF16 = 2  # bytes
+FP8_TOKEN = 656  # bytes of a cached token in the FP8 format
+D_QK, D_V = 576, 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem of one operation; what does not apply to the operation stays at its default.
+
+    Args:
+        op: ``dense_decode``, ``sparse_decode`` or ``sparse_prefill``.
+        b: sequences in the batch (decode).
+        h_q, h_kv: query heads, and the key/value heads that they share.
+        s_q: query tokens (of each sequence in decode, in all for prefill).
+        s_k: cached tokens of a sequence; the mean when ``spread`` is not 0.
+        spread: standard deviation of the lengths, which are normal and at least ``s_q``.
+        topk: indices a query attends to (sparse).
+        page: tokens in a page of the cache.
+    """
+
+    op: str
+    b: int = 1
+    h_q: int = 128
+    s_q: int = 1
+    s_k: int = 4096
+    h_kv: int = 1
+    spread: int = 0
+    topk: int = 0
+    page: int = 64
+
+    @property
+    def name(self) -> str:
+        """The case as result files and tables call it."""
+        parts = [] if self.op == "sparse_prefill" else [f"b={self.b}"]
+        parts += [f"h_q={self.h_q}", f"s_q={self.s_q}"]
+        if self.h_kv != 1:
+            parts.append(f"h_kv={self.h_kv}")
+        if self.op == "sparse_prefill":
+            parts.append(f"s_kv={self.s_k}")
+        elif self.op == "dense_decode":
+            parts.append(f"s_k={self.s_k}" + (f"±{self.spread}" if self.spread else ""))
+        if self.topk:
+            parts.append(f"topk={self.topk}")
+        return " ".join(parts)
+
+    @property
+    def causal(self) -> bool:
+        """Several query tokens of one sequence are speculated ones, and those are causal."""
+        return self.op == "dense_decode" and self.s_q > 1
+
+    def lengths(self) -> np.ndarray:
+        """Cached tokens of each sequence, int32 [b], the same at every call."""
+        if not self.spread:
+            return np.full(self.b, self.s_k, dtype=np.int32)
+        drawn = np.random.default_rng(0).normal(self.s_k, self.spread, self.b)
+        return np.maximum(drawn, self.s_q).astype(np.int32)
+
+    @property
+    def keys(self) -> int:
+        """Key tokens that one query head meets, over the batch (or over the queries of prefill)."""
+        if self.op == "dense_decode":
+            return int(self.lengths().sum()) * self.s_q
+        return self.topk * self.s_q * (1 if self.op == "sparse_prefill" else self.b)
+
+    @property
+    def flops(self) -> int:
+        """Operations: a multiply and an add for each of 576 + 512 numbers, per head and key.
+
+        A causal mask over a few speculated tokens saves next to nothing and is not subtracted.
+        """
+        return 2 * self.h_q * self.keys * (D_QK + D_V)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that have to cross the memory bus: the keys once, queries in, outputs out."""
+        queries = self.s_q * (1 if self.op == "sparse_prefill" else self.b)
+        ends = queries * self.h_q * (D_QK + D_V) * BF16 + queries * self.h_q * 4
+        if self.op == "dense_decode":
+            return int(self.lengths().sum()) * self.h_kv * D_QK * BF16 + ends
+        if self.op == "sparse_decode":
+            return self.keys * FP8_TOKEN + ends
+        return self.s_k * D_QK * BF16 + ends
+
+
+def _dense(b: int, h_q: int, s_q: int, s_k: int, spread: int = 0) -> Case:
+    return Case("dense_decode", b=b, h_q=h_q, s_q=s_q, s_k=s_k, spread=spread)
+
+
+def _sparse(b: int, h_q: int, s_q: int, topk: int) -> Case:
+    return Case("sparse_decode", b=b, h_q=h_q, s_q=s_q, s_k=32768, topk=topk)
+
+
+def _prefill(h_q: int, s_kv: int) -> Case:
+    return Case("sparse_prefill", h_q=h_q, s_q=4096, s_k=s_kv, topk=2048)
+
+
+CASES: tuple[Case, ...] = (
+    _dense(128, 128, 1, 4096),
+    _dense(128, 128, 2, 4096),
+    _dense(128, 128, 2, 32768),
+    _dense(128, 128, 1, 8192, spread=4096),
+    _dense(128, 64, 1, 4096),
+    _dense(128, 16, 1, 16384),
+    _dense(1, 128, 1, 131072),
+    _dense(8, 128, 1, 4096),
+    _dense(4, 16, 1, 8192),
+    _dense(1, 128, 1, 1024),
+    _sparse(128, 128, 2, 2048),
+    _sparse(128, 64, 1, 2048),
+    _sparse(2, 128, 2, 2048),
+    _sparse(8, 64, 1, 2048),
+    _sparse(32, 128, 2, 32768),
+    _prefill(128, 8192),
+    _prefill(128, 32768),
+    _prefill(128, 131072),
+    _prefill(64, 32768),
+)
+
+# The ends of the range: balanced, compute-bound, memory-bound, one long sequence, a tiny one.
+QUICK: tuple[Case, ...] = (
+    _dense(128, 128, 1, 4096),
+    _dense(128, 128, 2, 4096),
+    _dense(128, 16, 1, 16384),
+    _dense(1, 128, 1, 131072),
+    _dense(1, 128, 1, 1024),
+)
+
+# For machines with no card: they show that the benchmark works, and nothing about speed.
+TINY: tuple[Case, ...] = (_dense(2, 16, 1, 256), _dense(2, 16, 2, 192, spread=64))
+
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+
+
+def select(op: str, device: str, quick: bool = False) -> tuple[Case, ...]:
+    """The cases of an operation (or ``all``) for a device type, ``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        ValueError: there is no such operation.
+    """
+    if op != "all" and op not in OPS:
+        raise ValueError(f"op is {op!r}, expected 'all' or one of {', '.join(OPS)}")
+    rows = TINY if device == "cpu" else QUICK if quick else CASES
+    return tuple(case for case in rows if op in ("all", case.op))

@@ -1,0 +1,84 @@
+"""The tensors of a case: random, paged, in several copies, and what the result has to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashmla.bench.cases import D_QK, D_V, Case
+from flashmla.bench.timing import copies_needed
+
+__all__ = ["DenseDecode", "dense_decode"]
+
+
+@dataclass(frozen=True)
+class DenseDecode:
+    """A dense decode problem.
+
+    Args:
+        q: [b, s_q, h_q, 576], bfloat16, random normal.
+        caches: copies [blocks, page, h_kv, 576] with different contents; a call uses one of them.
+        block_table: [b, max_blocks] int32, pages scattered over the cache at random.
+        cache_seqlens: [b] int32.
+    """
+
+    case: Case
+    q: torch.Tensor
+    caches: tuple[torch.Tensor, ...]
+    block_table: torch.Tensor
+    cache_seqlens: torch.Tensor
+
+    @property
+    def scale(self) -> float:
+        return float(D_QK**-0.5)
+
+    def reference(self, sequence: int, copy: int = 0) -> torch.Tensor:
+        """out [s_q, h_q, 512] of one sequence, from the formula in float64."""
+        length = int(self.cache_seqlens[sequence])
+        page, s_q = self.case.page, self.case.s_q
+        pages = self.block_table[sequence, : -(-length // page)].long()
+        keys = self.caches[copy][pages].flatten(0, 1)[:length].double()
+        # Query heads in groups that share a key head, so that no key is ever repeated.
+        q = self.q[sequence].double().unflatten(1, (self.case.h_kv, -1))
+        scores = torch.einsum("qhgd,khd->qhgk", q, keys) * self.scale
+        if self.case.causal:
+            ends = torch.arange(length - s_q, length, device=scores.device)
+            unseen = torch.arange(length, device=scores.device)[None] > ends[:, None]
+            scores = scores.masked_fill(unseen[:, None, None], float("-inf"))
+        return torch.einsum("qhgk,khd->qhgd", scores.softmax(-1), keys[..., :D_V]).flatten(1, 2)
+
+    def error(self, out: torch.Tensor, copy: int = 0, sequences: int = 2) -> float:
+        """Largest absolute error of out [b, s_q, h_q, 512], over the first and last sequences."""
+        chosen = sorted({0, self.case.b - 1})[:sequences]
+        wrong = [(out[i].double() - self.reference(i, copy)).abs().max() for i in chosen]
+        return float(torch.stack(wrong).max())
+
+
+def dense_decode(case: Case, device: torch.device, seed: int = 0) -> DenseDecode:
+    """Makes a problem; the copies are as many as keep a call from finding its cache in L2."""
+    generator = torch.Generator(device).manual_seed(seed)
+    lengths = torch.from_numpy(case.lengths()).to(device)
+    most = -(-int(lengths.max()) // case.page)
+    blocks = case.b * most
+    shape = (blocks, case.page, case.h_kv, D_QK)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
+
+    table = torch.randperm(blocks, generator=generator, device=device).to(torch.int32)
+    bytes_each = 2 * blocks * case.page * case.h_kv * D_QK
+    return DenseDecode(
+        case=case,
+        q=random(case.b, case.s_q, case.h_q, D_QK),
+        caches=tuple(random(*shape) for _ in range(_copies(bytes_each, device))),
+        block_table=table.view(case.b, most),
+        cache_seqlens=lengths,
+    )
+
+
+def _copies(bytes_each: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # a CPU's figures mean nothing here; two show that copies are told apart
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return copies_needed(bytes_each, l2, torch.cuda.mem_get_info(device)[0])
