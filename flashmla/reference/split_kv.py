@@ -113,12 +113,12 @@ def split_decode(q, cache, block_table, seqlens, metadata, d_v, scale=None, caus
     q [b, s_q, h_q, d_qk], cache [blocks, page, h_kv, d_qk], block_table [b, max_blocks],
     seqlens [b], metadata [parts, 8] -> out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     """
-    summaries = {request: [] for request in range(len(q))}
+    summaries: list[list] = [[] for _ in q]
     for row in metadata:
         for request, (first, end) in work_of(row, seqlens).items():
             kv = gather(cache, block_table[request], seqlens[request])
             tokens = first * TILE, min(end * TILE, len(kv))
             part = partial(q[request], kv, kv[..., :d_v], *tokens, scale, causal)
             summaries[request].append(part)
-    merged = [merge_many(*zip(*parts, strict=True)) for parts in summaries.values()]
+    merged = [merge_many(*zip(*parts, strict=True)) for parts in summaries]
     return np.stack([out for out, _ in merged]), np.stack([lse.T for _, lse in merged])
