@@ -1,0 +1,300 @@
+"""Stage 04 in Triton: the split plan made on the device, and the merging of partial results.
+
+The plan lays all requests on one line, request i taking OVERHEAD + tiles_i places of it, and
+cuts the line into equal parts; `flashmla.schedule` is the same in Python. Partial results
+(out, LSE) merge associatively, so a request may be cut anywhere.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from flashmla.schedule import OVERHEAD, TILE
+from flashmla.triton.common import on_device, working_dtype
+
+# Requests that one step of the plan's loops takes.
+PLAN_BLOCK = 1024
+
+
+# region: last_part_at
+@triton.jit
+def last_part_at(position, active, total):
+    """The last part that begins at `position` or before, where part p begins at
+    floor(p * total / active); all int64, any shape."""
+    return tl.minimum(active - 1, ((position + 1) * active - 1) // total)
+
+
+# endregion: last_part_at
+
+
+# region: plan_requests_kernel
+@triton.jit(do_not_specialize=["b", "parts"])
+def plan_requests_kernel(
+    cache_seqlens,  # [b] int32
+    starts,  # [b + 1] int64: where each request begins on the line, and the line's length
+    num_splits,  # [b + 1] int32
+    b,
+    parts,
+    OVERHEAD: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # First pass: where the requests begin. One program walks over all of them, BLOCK at a time.
+    total = tl.zeros([], tl.int64)
+    for block in range(0, b, BLOCK):
+        request = block + tl.arange(0, BLOCK)  # [BLOCK]
+        length = tl.load(cache_seqlens + request, mask=request < b, other=0)
+        tiles = (tl.maximum(length, 0).to(tl.int64) + TILE - 1) // TILE
+        places = tl.where(request < b, OVERHEAD + tiles, 0)  # [BLOCK] int64
+        tl.store(starts + request, total + tl.cumsum(places) - places, mask=request < b)
+        total += tl.sum(places)
+    tl.store(starts + b, total)
+
+    # Second pass: how many parts hold tiles of each request.
+    active = tl.minimum(parts.to(tl.int64), total)  # there are no more parts than places
+    begin = tl.zeros([], tl.int64)
+    used = tl.zeros([], tl.int64)
+    tl.store(num_splits, 0)
+    for block in range(0, b, BLOCK):
+        request = block + tl.arange(0, BLOCK)
+        length = tl.load(cache_seqlens + request, mask=request < b, other=0)
+        tiles = (tl.maximum(length, 0).to(tl.int64) + TILE - 1) // TILE
+        places = tl.where(request < b, OVERHEAD + tiles, 0)
+        start = begin + tl.cumsum(places) - places  # [BLOCK]
+        first = last_part_at(start + OVERHEAD, active, total)
+        last = last_part_at(start + places - 1, active, total)
+        splits = tl.where(request < b, tl.maximum(last - first + 1, 1), 0)
+        count = used + tl.cumsum(splits)
+        tl.store(num_splits + 1 + request, count.to(tl.int32), mask=request < b)
+        begin += tl.sum(places)
+        used += tl.sum(splits)
+
+
+# endregion: plan_requests_kernel
+
+
+# region: cut
+@triton.jit
+def cut(part, starts, b, active, total, OVERHEAD: tl.constexpr, SEARCH_STEPS: tl.constexpr):
+    """Where parts begin: part [P] int64 -> request [P] int64, tile [P] int64, start [P] int64.
+
+    A place within a request's overhead counts as its tile 0; parts from `active` on begin
+    behind the last request.
+    """
+    working = part < active  # [P]
+    position = tl.where(working, part * total // tl.maximum(active, 1), total)  # [P]
+    # Bisection for the last request that starts at the position or before; starts[b] = total.
+    low = tl.zeros_like(position)
+    high = low + b
+    for _ in range(SEARCH_STEPS):
+        middle = (low + high + 1) // 2
+        before = tl.load(starts + middle) <= position
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle - 1)
+    start = tl.load(starts + low)
+    return low, tl.maximum(position - start - OVERHEAD, 0), start
+
+
+# endregion: cut
+
+
+# region: plan_parts_kernel
+@triton.jit(do_not_specialize=["b", "parts"])
+def plan_parts_kernel(
+    starts,  # [b + 1] int64
+    tile_scheduler_metadata,  # [parts, 8] int32
+    b,
+    parts,
+    OVERHEAD: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,  # enough bisections for b + 1 candidates
+    BLOCK: tl.constexpr,
+):
+    part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+    total = tl.load(starts + b)
+    active = tl.minimum(parts.to(tl.int64), total)
+    request, tile, start = cut(part, starts, b, active, total, OVERHEAD, SEARCH_STEPS)
+    end_request, end_tile, _ = cut(part + 1, starts, b, active, total, OVERHEAD, SEARCH_STEPS)
+    # Parts before this one that hold tiles of the request it begins in: none at its tile 0.
+    first = last_part_at(start + OVERHEAD, active, tl.maximum(total, 1))
+    begin_split = tl.where(tile > 0, part - first, 0)
+
+    row = tile_scheduler_metadata + part * 8  # [BLOCK] pointers
+    exists = part < parts
+    tl.store(row + 0, request.to(tl.int32), mask=exists)
+    tl.store(row + 1, tile.to(tl.int32), mask=exists)
+    tl.store(row + 2, end_request.to(tl.int32), mask=exists)
+    tl.store(row + 3, end_tile.to(tl.int32), mask=exists)
+    tl.store(row + 4, begin_split.to(tl.int32), mask=exists)
+    for unused in range(5, 8):
+        tl.store(row + unused, tl.zeros([BLOCK], tl.int32), mask=exists)
+
+
+# endregion: plan_parts_kernel
+
+
+# region: get_metadata_launch
+def get_metadata(
+    cache_seqlens: torch.Tensor,
+    parts: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The split plan of `flashmla.schedule.plan`, computed where the lengths are.
+
+    cache_seqlens [b] int32. Returns tile_scheduler_metadata [parts, 8] and num_splits [b + 1],
+    int32; `out` holds two such tensors, contiguous, to be rewritten in place. The host waits
+    for nothing, so a CUDA graph can hold the call.
+    """
+    b = cache_seqlens.shape[0]
+    if out is None:
+        out = (
+            torch.empty(parts, 8, dtype=torch.int32, device=cache_seqlens.device),
+            torch.empty(b + 1, dtype=torch.int32, device=cache_seqlens.device),
+        )
+    tile_scheduler_metadata, num_splits = out
+    starts = torch.empty(b + 1, dtype=torch.int64, device=cache_seqlens.device)
+    with on_device(cache_seqlens.device):
+        plan_requests_kernel[(1,)](
+            cache_seqlens, starts, num_splits, b, parts,
+            OVERHEAD=OVERHEAD, TILE=TILE, BLOCK=PLAN_BLOCK,
+        )  # fmt: skip
+        plan_parts_kernel[(triton.cdiv(parts, 128),)](
+            starts, tile_scheduler_metadata, b, parts,
+            OVERHEAD=OVERHEAD, SEARCH_STEPS=b.bit_length(), BLOCK=128,
+        )  # fmt: skip
+    return tile_scheduler_metadata, num_splits
+
+
+# endregion: get_metadata_launch
+
+
+# region: combine_kernel
+@triton.jit
+def combine_kernel(
+    out_partial,  # [slots, s_q, h_q, d] float32
+    lse_partial,  # [slots, h_q, s_q] float32
+    num_splits,  # [b + 1] int32
+    out,  # [b, s_q, h_q, d]
+    lse,  # [b, h_q, s_q] float32
+    s_q,
+    h_q,
+    D: tl.constexpr,
+):
+    # One program for one row, that is one (request, query, head).
+    program = tl.program_id(0)
+    head = program % h_q
+    query = program // h_q % s_q
+    request = (program // h_q // s_q).to(tl.int64)
+    first_slot = tl.load(num_splits + request)
+    last_slot = tl.load(num_splits + request + 1)
+    if last_slot - first_slot == 1:
+        return  # the decode kernel has written this row already
+
+    d = tl.arange(0, D)
+    acc = tl.zeros([D], tl.float32)
+    best = tl.full([], float("-inf"), tl.float32)  # largest LSE so far
+    weight_sum = tl.zeros([], tl.float32)
+    for slot in range(first_slot, last_slot):
+        index = tl.cast(slot, tl.int64)
+        part_lse = tl.load(lse_partial + (index * h_q + head) * s_q + query)
+        empty = part_lse == float("inf")  # this split had nothing for this row: weight 0
+        part_lse = tl.where(empty, float("-inf"), part_lse)
+        part_out = tl.load(out_partial + ((index * s_q + query) * h_q + head) * D + d)  # [D]
+        new_best = tl.maximum(best, part_lse)
+        finite_best = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weight = tl.exp(part_lse - finite_best)
+        rescale = tl.exp(best - finite_best)
+        acc = acc * rescale + part_out * weight
+        weight_sum = weight_sum * rescale + weight
+        best = new_best
+
+    nothing = weight_sum == 0.0
+    result = acc / tl.where(nothing, 1.0, weight_sum)  # [D]
+    row_lse = tl.where(nothing, float("inf"), best + tl.log(weight_sum))
+    out_at = out + ((request * s_q + query) * h_q + head) * D + d
+    tl.store(out_at, result.to(out.dtype.element_ty))
+    tl.store(lse + (request * h_q + head) * s_q + query, row_lse)
+
+
+# endregion: combine_kernel
+
+
+def combine(
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    num_splits: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Merges the splits of each request into `out` and `lse`, in place.
+
+    out_partial [slots, s_q, h_q, d] and lse_partial [slots, h_q, s_q] float32, split k of
+    request r at slot num_splits[r] + k; out [b, s_q, h_q, d], lse [b, h_q, s_q] float32; all
+    contiguous, d a power of two. Requests of one split are left as they are.
+    """
+    b, s_q, h_q, d = out.shape
+    with on_device(out.device):
+        combine_kernel[(b * s_q * h_q,)](
+            out_partial, lse_partial, num_splits, out, lse, s_q, h_q, D=d, num_warps=4
+        )
+
+
+# region: merge_state_kernel
+@triton.jit
+def merge_state_kernel(
+    out_a,  # [rows, d]
+    lse_a,  # [rows] float32
+    out_b,  # [rows, d]
+    lse_b,  # [rows] float32
+    out,  # [rows, d]
+    lse,  # [rows] float32
+    d,
+    D: tl.constexpr,  # d, rounded up to a power of two
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, D)  # [D]
+    a = tl.load(lse_a + row)
+    b = tl.load(lse_b + row)
+    # An empty half has LSE +inf or -inf; its out is not read.
+    has_a = (a != float("inf")) & (a != float("-inf"))
+    has_b = (b != float("inf")) & (b != float("-inf"))
+    a = tl.where(has_a, a, float("-inf"))
+    b = tl.where(has_b, b, float("-inf"))
+    best = tl.maximum(a, b)
+    finite_best = tl.where(has_a | has_b, best, 0.0)
+    weight_a = tl.exp(a - finite_best)
+    weight_b = tl.exp(b - finite_best)
+    weight_sum = weight_a + weight_b
+
+    at = row * d + column
+    value_a = tl.load(out_a + at, mask=(column < d) & has_a, other=0.0).to(tl.float32)
+    value_b = tl.load(out_b + at, mask=(column < d) & has_b, other=0.0).to(tl.float32)
+    nothing = weight_sum == 0.0
+    merged = (value_a * weight_a + value_b * weight_b) / tl.where(nothing, 1.0, weight_sum)
+    tl.store(out + at, merged.to(out.dtype.element_ty), mask=column < d)
+    tl.store(lse + row, tl.where(nothing, float("inf"), best + tl.log(weight_sum)))
+
+
+# endregion: merge_state_kernel
+
+
+def merge_state(
+    out_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    out_b: torch.Tensor,
+    lse_b: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merges attention over two sets of keys: out [..., d], lse [...] natural log.
+
+    +inf and -inf mark an empty half; two empty halves give out 0 and LSE +inf. Returns out in
+    out_a's dtype and lse float32.
+    """
+    d = out_a.shape[-1]
+    out = torch.empty(out_a.shape, dtype=working_dtype(out_a.dtype), device=out_a.device)
+    lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
+    if out.numel():
+        with on_device(out.device):
+            merge_state_kernel[(lse.numel(),)](
+                out_a.contiguous(), lse_a.contiguous(), out_b.contiguous(), lse_b.contiguous(),
+                out, lse, d, D=triton.next_power_of_2(d),
+            )  # fmt: skip
+    return out.to(out_a.dtype), lse
