@@ -33,6 +33,7 @@ __all__ = [
     "implementation",
     "last_tier",
     "refresh",
+    "same_backend",
     "tier_for",
     "use_backend",
 ]
@@ -65,6 +66,16 @@ def use_backend(name: str) -> Iterator[None]:
             it is called.
     """
     token = _forced.set(_checked_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextmanager
+def same_backend(name: str | None) -> Iterator[None]:
+    """What :func:`forced_backend` said at another time or in another thread holds in here."""
+    token = _forced.set(name)
     try:
         yield
     finally:

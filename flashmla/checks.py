@@ -15,11 +15,13 @@ from collections.abc import Sequence
 import torch
 
 __all__ = [
+    "check_block_table",
     "check_bool",
     "check_device",
     "check_dtype",
     "check_int",
     "check_last_dim_contiguous",
+    "check_page_strides",
     "check_range",
     "check_shape",
     "check_tensor",
@@ -119,6 +121,31 @@ def check_range(name: str, value: torch.Tensor, low: int, high: int, meaning: st
             f"{name}{place} is {value[tuple(place)].item()}, but {meaning} must be from {low} to "
             f"{high} ({len(wrong)} such values)"
         )
+
+
+def check_page_strides(name: str, cache: torch.Tensor, dims: str) -> None:
+    """Within a page tokens and heads must be packed; only the stride between pages is free."""
+    _, page, heads, width = cache.shape
+    packed = (page <= 1 or cache.stride(1) == heads * width) and (
+        heads <= 1 or cache.stride(2) == width
+    )
+    if not packed:
+        raise ValueError(
+            f"{name} {dims} must be contiguous within a page (only the stride between pages is "
+            f"free), got strides {list(cache.stride())} for shape {list(cache.shape)}"
+        )
+
+
+def check_block_table(
+    lengths_name: str, lengths: torch.Tensor, block_table: torch.Tensor, blocks: int, page: int
+) -> None:
+    """Lengths that the table can hold, and block numbers of the cache within each length."""
+    max_blocks = block_table.shape[1]
+    check_range(lengths_name, lengths, 0, max_blocks * page, "a length (max_blocks * page)")
+    used = torch.arange(max_blocks, device=lengths.device) * page < lengths.unsqueeze(1)
+    lowest = 0 if blocks else -1
+    numbers = block_table.masked_fill(~used, lowest)
+    check_range("block_table", numbers, lowest, blocks - 1, "a block number within the length")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from flashmla import backend
 
-__all__ = ["define"]
+__all__ = ["define", "register_autograd"]
 
 _LIBRARY = torch.library.Library("flashmla", "DEF")
 
@@ -25,7 +25,8 @@ def define(
     """Register a dispatched operation.
 
     Args:
-        op: its name among the tiers, "<stage>.<function>"; the operator is ``flashmla::<function>``.
+        op: its name among the tiers, "<stage>.<function>"; the operator is
+            ``flashmla::<stage>_<function>``.
         schema: arguments and results in torch's schema language, without the name.
         fake: gives results of the right shapes and dtypes from arguments without data.
         device_argument: which argument's device chooses the tier.
@@ -33,7 +34,7 @@ def define(
     Returns:
         A function of the same arguments: the tier's when run eagerly, the operator when compiled.
     """
-    name = op.split(".")[1]
+    name = op.replace(".", "_")
 
     def run(*args: Any) -> Any:
         return backend.call(op, args[device_argument].device, *args)
@@ -47,3 +48,11 @@ def define(
         return operator(*args) if torch.compiler.is_compiling() else run(*args)
 
     return dispatch
+
+
+def register_autograd(
+    op: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> None:
+    """Give a defined operator its gradients, for compiled code; see torch.library."""
+    name = f"flashmla::{op.replace('.', '_')}"
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from flashmla.checks import (
+    check_block_table,
     check_bool,
     check_int,
-    check_range,
+    check_page_strides,
     check_shape,
     check_tensor,
     values_wanted,
@@ -182,7 +183,7 @@ def _checked_dense_decode(
     dims = "[blocks, page, h_kv, 576]"
     check_tensor("k_cache", k_cache, dims, (q.dtype,), q.device)
     check_shape("k_cache", k_cache, (None, None, None, HEAD_DIM_QK), dims)
-    check_page_strides(k_cache, dims)
+    check_page_strides("k_cache", k_cache, dims)
     _, page, h_kv, _ = k_cache.shape
     if h_kv == 0 or h_q % h_kv:
         raise ValueError(f"q has {h_q} heads, which k_cache's {h_kv} heads do not divide")
@@ -205,7 +206,7 @@ def _checked_dense_decode(
             "tile_scheduler_metadata", plan, "num_splits", num_splits, batch, q.device
         )
     if values_wanted():
-        _check_values(k_cache, table, seqlens)
+        check_block_table("cache_seqlens", seqlens, table, k_cache.shape[0], page)
         check_plan_fresh(metadata, splits, seqlens)
     if batch == 0:
         return _fake_dense_decode(
@@ -215,32 +216,3 @@ def _checked_dense_decode(
         q, k_cache, table, seqlens, HEAD_DIM_V, metadata, splits, scale, causal
     )
     return out, lse
-
-
-def check_page_strides(cache: Tensor, dims: str) -> None:
-    """Within a page tokens and heads must be packed; only the stride between pages is free."""
-    _, page, heads, width = cache.shape
-    packed = (page <= 1 or cache.stride(1) == heads * width) and (
-        heads <= 1 or cache.stride(2) == width
-    )
-    if not packed:
-        raise ValueError(
-            f"k_cache {dims} must be contiguous within a page (only the stride between pages is "
-            f"free), got strides {list(cache.stride())} for shape {list(cache.shape)}"
-        )
-
-
-def _check_values(k_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> None:
-    blocks, page = k_cache.shape[:2]
-    max_blocks = block_table.shape[1]
-    check_range(
-        "cache_seqlens", cache_seqlens, 0, max_blocks * page, "a length (max_blocks * page)"
-    )
-    used = torch.arange(max_blocks, device=block_table.device) * page < cache_seqlens[:, None]
-    check_range(
-        "block_table",
-        block_table.masked_fill(~used, 0 if blocks else -1),
-        0 if blocks else -1,
-        blocks - 1,
-        "a block number within the length",
-    )

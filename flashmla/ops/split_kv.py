@@ -238,7 +238,8 @@ def merge_state(
         TypeError: not tensors, or of the wrong dtype.
         ValueError: shapes or devices that do not match.
 
-    Source: ``flashmla/torch/split_kv.py``, ``csrc/sm90/combine.cu``, ``flashmla/triton/split_kv.py``.
+    Source: ``flashmla/torch/split_kv.py``, ``flashmla/triton/split_kv.py``,
+    ``csrc/sm90/combine.cu``.
     """
     floats = (torch.float32, torch.bfloat16, torch.float16)
     if not isinstance(out_a, Tensor):

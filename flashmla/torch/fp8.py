@@ -1,0 +1,56 @@
+"""The FP8 cache format in torch: pack, unpack, append."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashmla.fp8 import (
+    BYTES_PER_TOKEN,
+    E4M3_MAX,
+    NOPE_DIM,
+    ROPE_OFFSET,
+    SCALES_OFFSET,
+    SMALLEST_MAXIMUM,
+    TILE_DIM,
+)
+
+__all__ = ["append", "pack", "unpack"]
+
+
+def pack(x: Tensor, power_of_two: bool) -> Tensor:
+    """[tokens, 576] -> uint8 [tokens, 656]."""
+    tiles = x[:, :NOPE_DIM].float().view(-1, NOPE_DIM // TILE_DIM, TILE_DIM)
+    maximum = tiles.abs().amax(-1).clamp(min=SMALLEST_MAXIMUM)
+    # Divide by a tensor: on a GPU torch multiplies by the reciprocal of a number.
+    scales = maximum / torch.full_like(maximum, E4M3_MAX)
+    if power_of_two:
+        scales = _round_up_to_power_of_two(scales)
+    quotients = (tiles / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
+    codes = quotients.to(torch.float8_e4m3fn).view(-1, NOPE_DIM)
+    rope = x[:, NOPE_DIM:].to(torch.bfloat16).contiguous()
+    return torch.cat([part.view(torch.uint8) for part in (codes, scales, rope)], dim=1)
+
+
+def _round_up_to_power_of_two(scales: Tensor) -> Tensor:
+    """Exact for positive normal float32: carry the mantissa into the exponent, then drop it."""
+    bits = scales.view(torch.int32)
+    return ((bits + 0x007FFFFF) & 0x7F800000).view(torch.float32)
+
+
+def unpack(cache: Tensor) -> Tensor:
+    """[..., 656] of one-byte elements -> float32 [..., 576]."""
+    cache = cache.view(torch.uint8)
+    codes = cache[..., :SCALES_OFFSET].view(torch.float8_e4m3fn).float()
+    scales = cache[..., SCALES_OFFSET:ROPE_OFFSET].contiguous().view(torch.float32)
+    rope = cache[..., ROPE_OFFSET:BYTES_PER_TOKEN].contiguous().view(torch.bfloat16).float()
+    values = codes.unflatten(-1, (-1, TILE_DIM)) * scales.unsqueeze(-1)
+    return torch.cat([values.flatten(-2), rope], dim=-1)
+
+
+def append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
+    """Write packed tokens into the slots of a cache [blocks, page, 1, 656], in place."""
+    blocks, page = cache.shape[:2]
+    kept = ((slots >= 0) & (slots < blocks * page)).nonzero().squeeze(1)
+    slots = slots[kept].long()
+    cache.view(torch.uint8)[slots // page, slots % page, 0] = pack(x[kept], True)
