@@ -1,0 +1,118 @@
+// Shapes, shared memory and barriers of the dense MLA decode kernel.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include "../../common/mma.cuh"
+#include "../launch.h"
+#include "../schedule.h"
+
+namespace flashmla::sm90::dense_decode {
+
+constexpr int kRows = 64;          // query rows (s, h) a CTA: one wgmma tile
+constexpr int kTokens = 64;        // KV tokens a tile: one page
+constexpr int kDimQk = 576;        // 512 latent (NoPE) + 64 RoPE
+constexpr int kDimV = 512;         // the latent is also the value
+constexpr int kHalfV = kDimV / 2;  // output columns a consumer warpgroup owns
+constexpr int kPieceCols = 64;     // a TMA box: 64 tokens x 64 columns, 128 bytes a row
+constexpr int kPieces = kDimQk / kPieceCols;
+constexpr int kPiecesHalf = kHalfV / kPieceCols;
+constexpr int kPieceElements = kTokens * kPieceCols;
+constexpr int kStages = 2;
+constexpr int kThreads = 384;  // one producer warpgroup, two consumer warpgroups
+constexpr int kConsumerThreads = 256;
+static_assert(kTokens == kTileTokens, "the plan's tile is the kernel's tile");
+
+// A tile of K arrives in three groups of pieces, because they come free at different times: the
+// half of V that warpgroup 0 owns, the half that warpgroup 1 owns, and RoPE, which only QKᵀ reads.
+enum Group : int { kLeft = 0, kRight = 1, kRope = 2, kGroups = 3 };
+__host__ __device__ constexpr int first_piece(int group) { return group * kPiecesHalf; }
+__host__ __device__ constexpr int pieces_of(int group) { return group == kRope ? 1 : kPiecesHalf; }
+
+// Hardware barriers between warps of this CTA; 0 is __syncthreads.
+enum BarrierId : uint32_t {
+  kProbabilitiesEven = 1,  // P of an even tile is in shared memory: its owner arrives, the other waits
+  kProbabilitiesOdd = 2,
+  kRowSums = 3,   // both consumers have left their row sums
+  kTailZero0 = 4,  // consumer 0 has zeroed the tail of its half of V; 5 is consumer 1's
+};
+
+template <class T>
+struct SharedStorage {
+  alignas(1024) T q[kPieces * kPieceElements];                // [9 pieces][64 rows][64]
+  alignas(1024) T kv[kStages][kPieces * kPieceElements];      // [9 pieces][64 tokens][64] a stage
+  alignas(1024) T p[kRows * kTokens];                         // [64 rows][64 tokens]
+  float row_max[2][kRows];                                    // by parity of the tile
+  float row_alpha[2][kRows];                                  // what the tile rescales O by
+  float row_sum[2][2][kRows];                                 // by parity of the item, by consumer
+  uint64_t q_full, q_empty;
+  uint64_t kv_full[kStages][kGroups];
+  uint64_t kv_empty[kStages][kGroups];
+};
+static_assert(sizeof(SharedStorage<cutlass::half_t>) + 1024 <= 232448 + 1024, "227 KB a CTA");
+
+// Every stretch of tiles of one request that this CTA computes: the plan's row, walked.
+struct WorkItem {
+  int request;
+  int first_tile;
+  int tiles;  // 0: nothing to attend to, and the result says so
+  int seqlen;
+  int splits;  // of the request, over all parts
+  int slot;    // of the partial result, when splits > 1
+};
+
+struct KernelParams {
+  DecodeShape shape;
+  bool causal;
+  float scale_log2;  // softmax_scale * log2(e): scores go straight to exp2
+  const int* block_table;
+  int64_t block_table_stride;
+  const int* cache_seqlens;
+  const PlanRow* plan;
+  const int* num_splits;
+  void* out;
+  float* lse;
+  Partials partials;
+};
+
+// Keys that a query row s of this request may see: all of them, or, causal, those up to itself,
+// the last query being aligned with the last key.
+__device__ __forceinline__ int key_limit(const KernelParams& p, int seqlen, int s) {
+  return p.causal ? seqlen - (p.shape.s_q - 1 - s) : seqlen;
+}
+
+// Walks the items of this CTA. Producer and consumers walk the same list.
+class WorkList {
+ public:
+  __device__ __forceinline__ explicit WorkList(const KernelParams& p)
+      : p_(p), plan_(p.plan[blockIdx.z]), request_(plan_.begin_request) {
+    const int last_row = min(static_cast<int>(blockIdx.x) * kRows + kRows, p.shape.rows()) - 1;
+    last_s_ = last_row / p.shape.group();
+  }
+
+  __device__ __forceinline__ bool next(WorkItem& item) {
+    const int r = request_++;
+    if (r >= p_.shape.batch || r > plan_.end_request) return false;
+    if (r == plan_.end_request && plan_.end_tile == 0) return false;
+    const bool first = r == plan_.begin_request;
+    item.request = r;
+    item.seqlen = p_.cache_seqlens[r];
+    item.first_tile = first ? plan_.begin_tile : 0;
+    // No row of this CTA sees past its last row's limit.
+    int end = tiles_of(key_limit(p_, item.seqlen, last_s_));
+    if (r == plan_.end_request) end = min(end, plan_.end_tile);
+    item.tiles = max(0, end - item.first_tile);
+    const int first_slot = p_.num_splits[r];
+    item.splits = p_.num_splits[r + 1] - first_slot;
+    item.slot = first_slot + (first ? plan_.begin_split : 0);
+    return true;
+  }
+
+ private:
+  const KernelParams& p_;
+  const PlanRow plan_;
+  int request_;
+  int last_s_;
+};
+
+}  // namespace flashmla::sm90::dense_decode

@@ -1,0 +1,362 @@
+// Dense MLA decode for sm_90a: out = softmax(q Kᵀ · scale) V over a paged cache, V being the first
+// 512 columns of K.
+//
+// One CTA computes 64 query rows against stretches of the cache that the plan gives it. Its three
+// warpgroups: a producer that fetches tiles by TMA through the block table, and two consumers. The
+// 64 x 512 float32 output fills half the register file, so each consumer owns 256 of its columns.
+// The consumers take turns: the owner of tile j computes scores and softmax and publishes the
+// probabilities P_j; then both multiply P_j with their half of V_j. While one is busy with
+// exponentials the other keeps the tensor cores running. NOTES.md tells how this came about.
+#pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/copy_sm90.hpp>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "config.cuh"
+#include "epilogue.cuh"
+#include "softmax.cuh"
+
+namespace flashmla::sm90::dense_decode {
+
+using Barrier = cutlass::arch::ClusterTransactionBarrier;  // mbarrier
+
+template <class T>
+struct Tiles {
+  using Piece = SwizzledTile<T, kTokens>;                        // [64 rows or tokens, 64]
+  using ValueHalf = TransposedTile<T, kTokens, kHalfV>;          // [256 columns, 64 tokens]
+  using Scores = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_64, cute::_64>>()));
+  using OutputFromRegisters = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::_256, cute::_64>,
+                                 Major::K, Major::MN>()));
+  using OutputFromShared = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_256, cute::_64>,
+                                 Major::K, Major::MN>()));
+};
+
+// region: producer
+// One thread walks the work list and keeps two tiles of K on their way. A group of pieces is
+// fetched as soon as its readers have let go of what lay there before.
+template <class T>
+__device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>& shared, const CUtensorMap& q_map,
+                        const CUtensorMap& k_map) {
+  int tile_count = 0;
+  int item_count = 0;
+  WorkList list(p);
+  for (WorkItem item; list.next(item);) {
+    if (item.tiles == 0) continue;
+    const int* pages = p.block_table + item.request * p.block_table_stride + item.first_tile;
+    int page = pages[0];
+
+    Barrier::wait(&shared.q_empty, (item_count & 1) ^ 1);
+    Barrier::arrive_and_expect_tx(&shared.q_full, sizeof(shared.q));
+    const int head_row = item.request * p.shape.h_kv + blockIdx.y;
+    for (int i = 0; i < kPieces; ++i) {
+      cute::SM90_TMA_LOAD_3D::copy(
+          &q_map, &shared.q_full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
+          shared.q + i * kPieceElements, i * kPieceCols, blockIdx.x * kRows, head_row);
+    }
+    for (int j = 0; j < item.tiles; ++j, ++tile_count) {
+      const int next_page = j + 1 < item.tiles ? pages[j + 1] : 0;
+      const int stage = tile_count % kStages;
+      const int round = tile_count / kStages;
+      // In the order in which they come free, which is the order in which QKᵀ takes them.
+      const int order[kGroups] = {kRope, j & 1, (j & 1) ^ 1};
+      for (int g = 0; g < kGroups; ++g) {
+        const int group = order[g];
+        uint64_t* full = &shared.kv_full[stage][group];
+        Barrier::wait(&shared.kv_empty[stage][group], (round & 1) ^ 1);
+        Barrier::arrive_and_expect_tx(full, pieces_of(group) * kPieceElements * sizeof(T));
+        for (int i = first_piece(group); i < first_piece(group) + pieces_of(group); ++i) {
+          cute::SM90_TMA_LOAD_4D::copy(
+              &k_map, full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+              shared.kv[stage] + i * kPieceElements, i * kPieceCols, 0, blockIdx.y, page);
+        }
+      }
+      page = next_page;
+    }
+    ++item_count;
+  }
+}
+// endregion: producer
+
+// What one thread needs to know of the stretch it works on.
+struct Item {
+  int tiles;
+  int seqlen;
+  int begin;         // first token
+  int lowest_limit;  // of the CTA's rows: tiles that end below it need no mask
+  int limit[2];      // of this thread's two rows
+
+  __device__ __forceinline__ Item(const KernelParams& p, const WorkItem& work, int row)
+      : tiles(work.tiles), seqlen(work.seqlen), begin(work.first_tile * kTokens) {
+    const int first_row = blockIdx.x * kRows;
+    lowest_limit = key_limit(p, seqlen, first_row / p.shape.group());
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      limit[h] = key_limit(p, seqlen, (first_row + row + 8 * h) / p.shape.group());
+    }
+  }
+  __device__ __forceinline__ int first_token(int j) const { return begin + j * kTokens; }
+  __device__ __forceinline__ int valid_tokens(int j) const { return seqlen - first_token(j); }
+  __device__ __forceinline__ bool has_tail(int j) const { return valid_tokens(j) < kTokens; }
+  __device__ __forceinline__ bool needs_mask(int j) const {
+    return first_token(j) + kTokens > lowest_limit;
+  }
+};
+
+// One of the two consumer warpgroups. `kMine` is 0 or 1: the parity of the tiles whose scores it
+// computes, and the half of the output columns it owns.
+template <class T, int kMine>
+struct Consumer {
+  static constexpr int kOther = kMine ^ 1;
+
+  const KernelParams& p;
+  SharedStorage<T>& shared;
+  const int thread = threadIdx.x % 128;
+  const int row = thread / 32 * 16 + thread % 32 / 4;  // and row + 8
+  int tile_count = 0;
+  int item_count = 0;
+
+  typename Tiles<T>::Scores scores_mma;
+  typename Tiles<T>::OutputFromRegisters output_mma_rs;
+  typename Tiles<T>::OutputFromShared output_mma_ss;
+
+  __device__ __forceinline__ void release(uint64_t* barrier) {
+    if (thread % 32 == 0) Barrier::arrive(barrier);
+  }
+  __device__ __forceinline__ int stage(int j) const { return (tile_count + j) % kStages; }
+  __device__ __forceinline__ int phase(int j) const { return (tile_count + j) / kStages & 1; }
+  __device__ __forceinline__ const T* value_half(int j) const {
+    return shared.kv[stage(j)] + kMine * kPiecesHalf * kPieceElements;
+  }
+
+  // S[64 rows, 64 tokens] = Q Kᵀ for tile j, left running. 36 wgmma, four for each piece.
+  template <class Scores>
+  __device__ __forceinline__ void start_scores(int j, Scores& s) {
+    auto thread_mma = scores_mma.get_thread_slice(thread);
+    scores_mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+    fence_fragment(s);
+    CUTE_UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      const int group = g == 0 ? int(kRope) : g == 1 ? kMine : kOther;
+      Barrier::wait(&shared.kv_full[stage(j)][group], phase(j));
+      cute::warpgroup_arrive();
+      CUTE_UNROLL
+      for (int i = first_piece(group); i < first_piece(group) + pieces_of(group); ++i) {
+        auto q = cute::make_tensor(cute::make_smem_ptr(shared.q + i * kPieceElements),
+                                   typename Tiles<T>::Piece{});  // [64 rows, 64]
+        auto k = cute::make_tensor(cute::make_smem_ptr(shared.kv[stage(j)] + i * kPieceElements),
+                                   typename Tiles<T>::Piece{});  // [64 tokens, 64]
+        gemm_k_loop(scores_mma, thread_mma.partition_fragment_A(q),
+                    thread_mma.partition_fragment_B(k), s);
+      }
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  // Rows of V past the end of the request may hold anything, NaN included, and 0 · NaN is NaN: they
+  // are cleared. Their scores are masked already, so that QKᵀ may read either content.
+  __device__ __forceinline__ void clear_tail(int j, int valid_tokens) {
+    T* v = shared.kv[stage(j)] + kMine * kPiecesHalf * kPieceElements;
+    for (int i = thread; i < kPiecesHalf * (kTokens - valid_tokens) * 8; i += 128) {
+      const int chunk = i % 8, rest = i / 8;
+      const int piece = rest % kPiecesHalf, token = valid_tokens + rest / kPiecesHalf;
+      auto* line = reinterpret_cast<uint4*>(v + piece * kPieceElements + token * kPieceCols);
+      line[chunk] = make_uint4(0, 0, 0, 0);
+    }
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::arrive_and_wait(128, kTailZero0 + kMine);
+  }
+
+  // P_j to shared memory, where the other consumer's product reads it, in the 128-byte swizzle.
+  template <class Probabilities>
+  __device__ __forceinline__ void publish(int j, const Probabilities& pr, const RowPair& max,
+                                          const RowPair& alpha) {
+    const int lane = thread % 32;
+    const int matrix_row = thread / 32 * 16 + lane % 16;
+    CUTE_UNROLL
+    for (int k = 0; k < kTokens / 16; ++k) {
+      const int chunk = (k * 2 + lane / 16) ^ (matrix_row % 8);
+      auto* to = reinterpret_cast<cute::uint128_t*>(shared.p + matrix_row * kTokens + chunk * 8);
+      const auto* from = reinterpret_cast<const uint32_t*>(&pr(k * 8));
+      cute::SM90_U32x4_STSM_N::copy(from[0], from[1], from[2], from[3], *to);
+    }
+    if (lane % 4 == 0) {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        shared.row_max[j & 1][row + 8 * h] = max.v[h];
+        shared.row_alpha[j & 1][row + 8 * h] = alpha.v[h];
+      }
+    }
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::arrive(kConsumerThreads, kProbabilitiesEven + (j & 1));
+  }
+
+  // The rows' maximum and factor as the other consumer published them with P_j.
+  __device__ __forceinline__ void read_row_state(int j, RowPair& max, RowPair& alpha) const {
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      max.v[h] = shared.row_max[j & 1][row + 8 * h];
+      alpha.v[h] = shared.row_alpha[j & 1][row + 8 * h];
+    }
+  }
+
+  // region: consumer_loop
+  // A tile whose scores the other consumer computes: take over its maximum, then O += P_j V_j, left
+  // running.
+  template <class Output>
+  __device__ __forceinline__ void start_other_tile(const Item& it, int j, OnlineSoftmax& softmax,
+                                                   Output& o) {
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads, kProbabilitiesEven + (j & 1));
+    RowPair max, alpha;
+    read_row_state(j, max, alpha);
+    softmax.follow(max, alpha);
+    rescale(o, alpha);
+    Barrier::wait(&shared.kv_full[stage(j)][kMine], phase(j));
+    if (it.has_tail(j)) clear_tail(j, it.valid_tokens(j));
+
+    auto v = cute::make_tensor(cute::make_smem_ptr(value_half(j)), typename Tiles<T>::ValueHalf{});
+    auto probabilities =
+        cute::make_tensor(cute::make_smem_ptr(shared.p), typename Tiles<T>::Piece{});
+    auto thread_mma = output_mma_ss.get_thread_slice(thread);
+    fence_fragment(o);
+    cute::warpgroup_arrive();
+    gemm_k_loop(output_mma_ss, thread_mma.partition_fragment_A(probabilities),
+                thread_mma.partition_fragment_B(v), o);
+    cute::warpgroup_commit_batch();
+  }
+
+  template <class Output>
+  __device__ __forceinline__ void finish_other_tile(int j, Output& o) {
+    cute::warpgroup_wait<0>();
+    fence_fragment(o);
+    release(&shared.kv_empty[stage(j)][kMine]);
+  }
+
+  // A tile whose scores are mine, and the product with the other's tile before it, which runs under
+  // the exponentials.
+  template <bool kFirst, class Output, class Scores, class Probabilities>
+  __device__ __forceinline__ void own_tile(const Item& it, int j, OnlineSoftmax& softmax, Output& o,
+                                           Scores& s, Probabilities& pr) {
+    start_scores(j, s);
+    cute::warpgroup_wait<0>();
+    fence_fragment(s);
+    release(&shared.kv_empty[stage(j)][kRope]);
+    if (j + 2 >= it.tiles) release(&shared.q_empty);
+    if (!kFirst) start_other_tile(it, j - 1, softmax, o);
+
+    if (it.needs_mask(j)) OnlineSoftmax::mask(s, it.first_token(j), it.limit);
+    const RowPair alpha = softmax.step(s, p.scale_log2);
+    to_operand(s, pr);
+    if (!kFirst) finish_other_tile(j - 1, o);  // shared.p may be written from here on
+
+    publish(j, pr, softmax.max, alpha);
+    rescale(o, alpha);
+    if (it.has_tail(j)) clear_tail(j, it.valid_tokens(j));
+    auto v = cute::make_tensor(cute::make_smem_ptr(value_half(j)), typename Tiles<T>::ValueHalf{});
+    fence_fragment(o);
+    cute::warpgroup_arrive();
+    gemm_k_loop(output_mma_rs, pr, output_mma_rs.get_thread_slice(thread).partition_fragment_B(v),
+                o);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    fence_fragment(o);
+    release(&shared.kv_empty[stage(j)][kMine]);
+  }
+
+  __device__ __forceinline__ void run_item(const WorkItem& work) {
+    using namespace cute;
+    auto o = partition_fragment_C(output_mma_rs, Shape<Int<kRows>, Int<kHalfV>>{});  // [64, 256]
+    auto s = partition_fragment_C(scores_mma, Shape<Int<kRows>, Int<kTokens>>{});    // [64, 64]
+    auto pr = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});            // [64, 64]
+    clear(o);
+    output_mma_rs.accumulate_ = GMMA::ScaleOut::One;
+    output_mma_ss.accumulate_ = GMMA::ScaleOut::One;
+    OnlineSoftmax softmax;
+    const Item it(p, work, row);
+    const int n = it.tiles;
+
+    if (n > 0) Barrier::wait(&shared.q_full, item_count & 1);
+    if (n <= kMine && n > 0) release(&shared.q_empty);
+    if (kMine == 0 && n > 0) own_tile<true>(it, 0, softmax, o, s, pr);
+    int j = kMine == 0 ? 2 : 1;
+    for (; j < n; j += 2) own_tile<false>(it, j, softmax, o, s, pr);
+    if (j == n) {  // the last tile was the other's
+      start_other_tile(it, n - 1, softmax, o);
+      finish_other_tile(n - 1, o);
+    }
+    // endregion: consumer_loop
+
+    const RowPair mine = softmax.reduced_sum();
+    const int parity = item_count & 1;
+    if (thread % 4 == 0) {
+      for (int h = 0; h < 2; ++h) shared.row_sum[parity][kMine][row + 8 * h] = mine.v[h];
+    }
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads, kRowSums);
+    RowPair total;
+    for (int h = 0; h < 2; ++h) {
+      total.v[h] = mine.v[h] + shared.row_sum[parity][kOther][row + 8 * h];
+    }
+    store_result<T, kMine>(p, work, row, o, softmax.max, total);
+    tile_count += n;
+    if (n > 0) ++item_count;
+  }
+
+  // The accumulator of S and the register operand of P V hold the same elements in the same order.
+  template <class Scores, class Probabilities>
+  __device__ __forceinline__ static void to_operand(const Scores& s, Probabilities& pr) {
+    cutlass::NumericArrayConverter<T, float, 2> convert;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(s); i += 2) {
+      const auto pair = convert({s(i), s(i + 1)});
+      pr(i) = pair[0];
+      pr(i + 1) = pair[1];
+    }
+  }
+};
+
+template <class T, int kMine>
+__device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared) {
+  Consumer<T, kMine> consumer{p, shared};
+  WorkList list(p);
+  for (WorkItem work; list.next(work);) consumer.run_item(work);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    dense_decode_kernel(const __grid_constant__ KernelParams p,
+                        const __grid_constant__ CUtensorMap q_map,
+                        const __grid_constant__ CUtensorMap k_map) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<SharedStorage<T>*>(raw);
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(&q_map);
+    cute::prefetch_tma_descriptor(&k_map);
+    Barrier::init(&shared.q_full, 1);
+    Barrier::init(&shared.q_empty, 8);  // one arrival a consumer warp
+    for (int s = 0; s < kStages; ++s) {
+      for (int g = 0; g < kGroups; ++g) {
+        Barrier::init(&shared.kv_full[s][g], 1);
+        Barrier::init(&shared.kv_empty[s][g], 4);  // the four warps of the one warpgroup that reads last
+      }
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<24>();
+    if (threadIdx.x == 0) produce<T>(p, shared, q_map, k_map);
+  } else if (warpgroup == 1) {
+    cutlass::arch::warpgroup_reg_alloc<240>();
+    consume<T, 0>(p, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<240>();
+    consume<T, 1>(p, shared);
+  }
+}
+
+}  // namespace flashmla::sm90::dense_decode

@@ -1,0 +1,46 @@
+// Tensor maps and launch of the dense decode kernel for one element type.
+#pragma once
+
+#include "../../common/tensor_map.h"
+#include "kernel.cuh"
+
+namespace flashmla::sm90::dense_decode {
+
+template <class T>
+void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
+  const DecodeShape& shape = a.shape;
+  const uint64_t rows = shape.rows();
+  const CUtensorMap q_map = make_tensor_map_16bit<3>(
+      a.q, a.is_bf16, {kDimQk, rows, static_cast<uint64_t>(shape.batch) * shape.h_kv},
+      {static_cast<uint64_t>(a.q_stride_row), static_cast<uint64_t>(a.q_stride_batch)},
+      {kPieceCols, kRows, 1});
+  const CUtensorMap k_map = make_tensor_map_16bit<4>(
+      a.k_cache, a.is_bf16,
+      {kDimQk, kTokens, static_cast<uint64_t>(shape.h_kv), static_cast<uint64_t>(a.pages)},
+      {static_cast<uint64_t>(a.k_stride_token), static_cast<uint64_t>(a.k_stride_head),
+       static_cast<uint64_t>(a.k_stride_page)},
+      {kPieceCols, kTokens, 1, 1});
+
+  KernelParams p;
+  p.shape = shape;
+  p.causal = a.causal;
+  p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  p.block_table = a.block_table;
+  p.block_table_stride = a.block_table_stride;
+  p.cache_seqlens = a.cache_seqlens;
+  p.plan = reinterpret_cast<const PlanRow*>(a.plan);
+  p.num_splits = a.num_splits;
+  p.out = a.out;
+  p.lse = a.lse;
+  p.partials = a.partials;
+
+  constexpr int kShared = sizeof(SharedStorage<T>);
+  const auto kernel = &dense_decode_kernel<T>;
+  FLASHMLA_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  const dim3 grid((shape.rows() + kRows - 1) / kRows, shape.h_kv, shape.parts);
+  kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map);
+  FLASHMLA_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace flashmla::sm90::dense_decode

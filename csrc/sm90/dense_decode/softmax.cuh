@@ -1,0 +1,96 @@
+// Online softmax over the accumulator of one 64 x 64 score tile, spread over a warpgroup.
+//
+// A thread holds 32 scores: two rows, `row` and `row + 8`, eight groups of two neighbouring
+// columns each. Element i lies in row half (i >> 1) & 1 and column (i / 4) * 8 + quad_lane * 2
+// + (i & 1), where quad_lane is the thread's place among the four that share its rows.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include <cmath>
+
+namespace flashmla::sm90::dense_decode {
+
+struct RowPair {
+  float v[2];
+};
+
+__device__ __forceinline__ int row_half(int i) { return (i >> 1) & 1; }
+
+// region: online_softmax
+struct OnlineSoftmax {
+  RowPair max;  // of the raw scores so far; -inf before the first
+  RowPair sum;  // of exp2(scaled score - scaled max), this thread's columns only
+
+  __device__ __forceinline__ OnlineSoftmax() : max{{-INFINITY, -INFINITY}}, sum{{0.f, 0.f}} {}
+
+  // Scores of positions a row may not see become -inf: whatever they held, NaN too, is gone.
+  template <class Scores>
+  __device__ __forceinline__ static void mask(Scores& s, int first_token, const int (&limit)[2]) {
+    const int column = first_token + (threadIdx.x % 4) * 2;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(s); ++i) {
+      const int token = column + (i / 4) * 8 + (i & 1);
+      if (token >= limit[row_half(i)]) s(i) = -INFINITY;
+    }
+  }
+
+  // Turns scores into probabilities relative to the new maximum, in place, and returns what
+  // everything accumulated before must be multiplied by.
+  template <class Scores>
+  __device__ __forceinline__ RowPair step(Scores& s, float scale_log2) {
+    RowPair alpha;
+    float shift[2];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float m = max.v[h];
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(s); ++i) {
+        if (row_half(i) == h) m = fmaxf(m, s(i));
+      }
+      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+      // A row that has seen nothing keeps max -inf; shifting by 0 then gives exp2(-inf) = 0.
+      shift[h] = m == -INFINITY ? 0.f : m * scale_log2;
+      alpha.v[h] = exp2f(max.v[h] * scale_log2 - shift[h]);
+      max.v[h] = m;
+      sum.v[h] *= alpha.v[h];
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(s); ++i) {
+      const int h = row_half(i);
+      s(i) = exp2f(fmaf(s(i), scale_log2, -shift[h]));
+      sum.v[h] += s(i);
+    }
+    return alpha;
+  }
+
+  // The other warpgroup did a step: take over its maximum.
+  __device__ __forceinline__ void follow(const RowPair& new_max, const RowPair& alpha) {
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      max.v[h] = new_max.v[h];
+      sum.v[h] *= alpha.v[h];
+    }
+  }
+
+  // The row sums over all columns that this warpgroup handled.
+  __device__ __forceinline__ RowPair reduced_sum() const {
+    RowPair total = sum;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 1);
+      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 2);
+    }
+    return total;
+  }
+};
+// endregion: online_softmax
+
+template <class Accumulator>
+__device__ __forceinline__ void rescale(Accumulator& o, const RowPair& factor) {
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(o); ++i) o(i) *= factor.v[row_half(i)];
+}
+
+}  // namespace flashmla::sm90::dense_decode

@@ -1,0 +1,78 @@
+// What api.cpp may call: one function a kernel, plain pointers and numbers, no CuTe.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FLASHMLA_HOST_DEVICE __host__ __device__
+#else
+#define FLASHMLA_HOST_DEVICE
+#endif
+
+namespace flashmla::sm90 {
+
+// cache_seqlens [batch]; plan [parts, 8]; num_splits [batch + 1].
+void launch_plan(const int* cache_seqlens, int* plan, int* num_splits, int batch, int parts,
+                 cudaStream_t stream);
+
+// The rows of one request and KV head are packed: row = s * group + h, group = h_q / h_kv.
+struct DecodeShape {
+  int batch;
+  int s_q;
+  int h_q;
+  int h_kv;
+  int parts;
+  FLASHMLA_HOST_DEVICE int group() const { return h_q / h_kv; }
+  FLASHMLA_HOST_DEVICE int rows() const { return s_q * group(); }
+};
+
+// A partial result of split k of request r lies at slot num_splits[r] + k:
+//   out_partial [slots, h_kv, rows, 512] float32, lse_partial [slots, h_kv, rows] float32 (base 2).
+struct Partials {
+  float* out;
+  float* lse;
+};
+
+struct DenseDecodeArgs {
+  DecodeShape shape;
+  bool is_bf16;
+  bool causal;
+  float softmax_scale;
+  const void* q;  // [batch * h_kv, rows, 576]
+  int64_t q_stride_batch, q_stride_row;
+  const void* k_cache;  // [pages, 64, h_kv, 576]
+  int64_t k_stride_page, k_stride_token, k_stride_head;
+  int pages;
+  const int* block_table;  // [batch, max_blocks]
+  int64_t block_table_stride;
+  const int* cache_seqlens;  // [batch]
+  const int* plan;           // [parts, 8]
+  const int* num_splits;     // [batch + 1]
+  void* out;                 // [batch, s_q, h_q, 512]
+  float* lse;                // [batch, h_q, s_q]
+  Partials partials;
+};
+void launch_dense_decode(const DenseDecodeArgs& args, cudaStream_t stream);
+
+// Merges the partial results of every request that was split, and touches no other.
+struct CombineArgs {
+  DecodeShape shape;
+  bool is_bf16;
+  Partials partials;
+  const int* plan;
+  const int* num_splits;
+  void* out;
+  float* lse;
+};
+void launch_combine(const CombineArgs& args, cudaStream_t stream);
+
+enum class Element { kBf16, kFp16, kFp32 };
+
+// out_a, out_b, out [rows, d] of one element type; lse_* [rows] float32, natural log.
+void launch_merge_state(const void* out_a, const float* lse_a, const void* out_b,
+                        const float* lse_b, void* out, float* lse, int64_t rows, int d,
+                        Element element, cudaStream_t stream);
+
+}  // namespace flashmla::sm90

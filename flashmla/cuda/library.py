@@ -1,0 +1,45 @@
+"""Loads the kernels' library, building it at first use where there is a compiler."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from flashmla.cuda import build as builder
+
+__all__ = ["available", "load"]
+
+
+def available() -> tuple[bool, str]:
+    """Whether the kernels can be had on this machine, and why or from where."""
+    try:
+        path = builder.library_path()
+        if path is not None:
+            return True, str(path)
+        builder.source_folder()
+    except builder.BuildError as error:
+        return False, str(error)
+    if builder.find_nvcc() is None:
+        return False, "no built library and no nvcc to build one"
+    if builder.find_cutlass() is None:
+        return False, "no built library and no CUTLASS headers to build one"
+    return True, "built at first use"
+
+
+def load() -> Any:
+    """The library as a tvm-ffi module: an attribute a kernel. Builds it if need be.
+
+    Raises:
+        flashmla.cuda.build.BuildError: it is not built and cannot be.
+    """
+    return _load(os.environ.get("FLASHMLA_LIBRARY"), os.environ.get("FLASHMLA_CACHE_DIR"))
+
+
+@functools.cache
+def _load(named: str | None, cache: str | None) -> Any:
+    import tvm_ffi
+
+    path: Path = builder.library_path() or builder.build()
+    return tvm_ffi.load_module(str(path))

@@ -1,0 +1,56 @@
+"""Stage 04 on Hopper: the split plan and the merging of partial results.
+
+Source: ``csrc/sm90/scheduler.cu``, ``csrc/sm90/combine.cu``, ``csrc/sm90/merge_state.cu``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashmla.cuda.library import load
+
+__all__ = ["get_metadata", "merge_state"]
+
+PLAN_COLUMNS = 8
+
+
+def get_metadata(
+    cache_seqlens: Tensor, parts: int, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(tile_scheduler_metadata [parts, 8], num_splits [b + 1]), int32, for these lengths [b]."""
+    if out is None:
+        b = cache_seqlens.shape[0]
+        out = (
+            cache_seqlens.new_empty(parts, PLAN_COLUMNS, dtype=torch.int32),
+            cache_seqlens.new_empty(b + 1, dtype=torch.int32),
+        )
+    load().get_metadata(cache_seqlens, *out)
+    return out
+
+
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Join results over disjoint keys: out [..., d], lse [...]."""
+    d = out_a.shape[-1]
+    out = torch.empty_like(out_a, memory_format=torch.contiguous_format)
+    lse = torch.empty_like(lse_a, memory_format=torch.contiguous_format)
+    load().merge_state(
+        out_a.reshape(-1, d),
+        lse_a.reshape(-1),
+        out_b.reshape(-1, d),
+        lse_b.reshape(-1),
+        out.view(-1, d),
+        lse.view(-1),
+    )
+    return out, lse
+
+
+def supports_merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> str | None:
+    """None if the kernel takes these tensors, else why not."""
+    if out_a.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"out_a is {out_a.dtype}; the kernel takes bfloat16, float16 and float32"
+    if out_b.dtype != out_a.dtype:
+        return f"out_a is {out_a.dtype} and out_b {out_b.dtype}; the kernel takes one type"
+    return None
