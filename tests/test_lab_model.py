@@ -127,6 +127,17 @@ def test_the_name_of_the_weights_follows_what_made_them(tmp_path, monkeypatch):
     assert name != training.weights_path()
 
 
+def test_better_words_cost_no_training(tmp_path):
+    def code(source: str) -> bytes:
+        path = tmp_path / "source.py"
+        path.write_text(source)
+        return training._code(path)
+
+    plain = code("def f(x):\n    return x + 1\n")
+    assert plain == code('"""Module."""\ndef f(x):\n    """Adds."""\n    return x + 1  # one\n')
+    assert plain != code("def f(x):\n    return x + 2\n")
+
+
 def test_load_gives_the_dtype_that_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHMLA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(training, "Recipe", lambda: dataclasses.replace(QUICK, steps=1))

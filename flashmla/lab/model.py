@@ -123,7 +123,7 @@ class MLAttention(nn.Module):
         return torch.cat([k_nope, k_pe], -1), values
 
     def absorb(self, q: Tensor) -> Tensor:
-        """Moves W_UK into the query, to meet latents as they are: [..., h, 192] -> [..., h, 576]."""
+        """Moves W_UK into the query, which then meets latents: [..., h, 192] -> [..., h, 576]."""
         c = self.config
         nope, pe = q.split([c.d_nope, c.d_rope], -1)
         w_uk = self.w_uk.weight.unflatten(0, (c.n_heads, c.d_nope))  # [h, 128, 512]
