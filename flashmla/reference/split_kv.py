@@ -49,7 +49,7 @@ def merge(out_a, lse_a, out_b, lse_b):
     total = np.zeros(np.broadcast_shapes(parts[0][0].shape, parts[1][0].shape))
     for out, part_lse in parts:
         weight = np.exp(part_lse - np.where(empty, 0.0, lse))[..., None]
-        total = total + np.where(weight == 0, 0.0, weight * out)
+        total = total + weight * np.where(weight == 0, 0.0, out)  # an empty set's out is not read
     return total, np.where(empty, np.inf, lse)
 
 
