@@ -208,8 +208,9 @@ def combine_kernel(
         best = new_best
 
     nothing = weight_sum == 0.0
-    result = acc / tl.where(nothing, 1.0, weight_sum)  # [D]
-    row_lse = tl.where(nothing, float("inf"), best + tl.log(weight_sum))
+    divisor = tl.where(nothing, 1.0, weight_sum)
+    result = acc / divisor  # [D]
+    row_lse = tl.where(nothing, float("inf"), best + tl.log(divisor))
     out_at = out + ((request * s_q + query) * h_q + head) * D + d
     tl.store(out_at, result.to(out.dtype.element_ty))
     tl.store(lse + (request * h_q + head) * s_q + query, row_lse)
@@ -239,7 +240,7 @@ def combine(
 
 
 # region: merge_state_kernel
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def merge_state_kernel(
     out_a,  # [rows, d]
     lse_a,  # [rows] float32
@@ -247,31 +248,35 @@ def merge_state_kernel(
     lse_b,  # [rows] float32
     out,  # [rows, d]
     lse,  # [rows] float32
+    rows,
     d,
     D: tl.constexpr,  # d, rounded up to a power of two
+    ROWS: tl.constexpr,  # rows of a program
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [R]
     column = tl.arange(0, D)  # [D]
-    a = tl.load(lse_a + row)
-    b = tl.load(lse_b + row)
+    exists = row < rows
+    a = tl.load(lse_a + row, mask=exists, other=0.0)  # [R]
+    b = tl.load(lse_b + row, mask=exists, other=0.0)  # [R]
     # An empty half has LSE +inf or -inf; its out is not read.
-    has_a = (a != float("inf")) & (a != float("-inf"))
-    has_b = (b != float("inf")) & (b != float("-inf"))
+    has_a = tl.abs(a) != float("inf")  # [R]
+    has_b = tl.abs(b) != float("inf")  # [R]
     a = tl.where(has_a, a, float("-inf"))
     b = tl.where(has_b, b, float("-inf"))
-    best = tl.maximum(a, b)
-    finite_best = tl.where(has_a | has_b, best, 0.0)
-    weight_a = tl.exp(a - finite_best)
-    weight_b = tl.exp(b - finite_best)
-    weight_sum = weight_a + weight_b
+    best = tl.where(has_a | has_b, tl.maximum(a, b), 0.0)  # [R]
+    weight_a = tl.exp(a - best)
+    weight_b = tl.exp(b - best)
+    weight_sum = weight_a + weight_b  # [R], 0 if both halves are empty
+    divisor = tl.where(weight_sum == 0.0, 1.0, weight_sum)
 
-    at = row * d + column
-    value_a = tl.load(out_a + at, mask=(column < d) & has_a, other=0.0).to(tl.float32)
-    value_b = tl.load(out_b + at, mask=(column < d) & has_b, other=0.0).to(tl.float32)
-    nothing = weight_sum == 0.0
-    merged = (value_a * weight_a + value_b * weight_b) / tl.where(nothing, 1.0, weight_sum)
-    tl.store(out + at, merged.to(out.dtype.element_ty), mask=column < d)
-    tl.store(lse + row, tl.where(nothing, float("inf"), best + tl.log(weight_sum)))
+    at = row[:, None] * d + column  # [R, D]
+    inside = exists[:, None] & (column < d)[None, :]
+    value_a = tl.load(out_a + at, mask=inside & has_a[:, None], other=0.0).to(tl.float32)
+    value_b = tl.load(out_b + at, mask=inside & has_b[:, None], other=0.0).to(tl.float32)
+    merged = (value_a * weight_a[:, None] + value_b * weight_b[:, None]) / divisor[:, None]
+    merged_lse = tl.where(weight_sum == 0.0, float("inf"), best + tl.log(divisor))
+    tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + row, merged_lse, mask=exists)
 
 
 # endregion: merge_state_kernel
@@ -292,9 +297,11 @@ def merge_state(
     out = torch.empty(out_a.shape, dtype=working_dtype(out_a.dtype), device=out_a.device)
     lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
     if out.numel():
+        d_padded = triton.next_power_of_2(d)
+        rows_each = max(1, 2048 // d_padded)
         with on_device(out.device):
-            merge_state_kernel[(lse.numel(),)](
+            merge_state_kernel[(triton.cdiv(lse.numel(), rows_each),)](
                 out_a.contiguous(), lse_a.contiguous(), out_b.contiguous(), lse_b.contiguous(),
-                out, lse, d, D=triton.next_power_of_2(d),
+                out, lse, lse.numel(), d, D=d_padded, ROWS=rows_each,
             )  # fmt: skip
     return out.to(out_a.dtype), lse

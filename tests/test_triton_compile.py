@@ -1,0 +1,69 @@
+"""The Triton tier compiles, and fits, on cards that need not be there."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from triton_aot import Kernel, compile_kernel  # noqa: E402
+from triton_worker import compiled  # noqa: E402
+
+from flashmla.lab import source  # noqa: E402
+
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+DECODE = {"PAGE": 64, "TILE": 64, "D_V": 512, "D_ROPE": 64, "CAUSAL": True, "UPCAST": False}
+PREFILL = {"D_MAIN": 128, "D_REST": 64, "D_V": 128, "CAUSAL": True, "UPCAST": False}
+PLAN = {"OVERHEAD": 5}
+
+KERNELS = [
+    Kernel("decode_128_rows", "mla", "dense_decode_kernel", DECODE, rows=128),
+    Kernel("decode_16_rows", "mla", "dense_decode_kernel", DECODE, rows=16),
+    Kernel("prefill_192", "mha", "forward_kernel", PREFILL),
+    Kernel("prefill_128", "mha", "forward_kernel", PREFILL | {"D_REST": 0, "CAUSAL": False}),
+    Kernel("plan_requests", "split_kv", "plan_requests_kernel", PLAN | {"TILE": 64, "BLOCK": 1024}),
+    Kernel("plan_parts", "split_kv", "plan_parts_kernel", PLAN | {"SEARCH_STEPS": 8, "BLOCK": 128}),
+    Kernel("combine", "split_kv", "combine_kernel", {"D": 512}),
+    Kernel("merge_state", "split_kv", "merge_state_kernel", {"D": 512, "ROWS": 4}),
+]
+FP16 = [
+    Kernel("decode_fp16", "mla", "dense_decode_kernel", DECODE, rows=64, dtype="fp16"),
+    Kernel("prefill_fp16", "mha", "forward_kernel", PREFILL, dtype="fp16"),
+]
+
+
+def _name(kernel):
+    return kernel.name
+
+
+@pytest.mark.parametrize("target", [90, 100])
+@pytest.mark.parametrize("kernel", KERNELS, ids=_name)
+def test_kernel_compiles_and_fits(kernel, target):
+    assert compiled(compile_kernel, kernel, target).shared <= SHARED_MEMORY[target]
+
+
+@pytest.mark.parametrize("kernel", FP16, ids=_name)
+def test_kernel_compiles_and_fits_in_fp16(kernel):
+    assert compiled(compile_kernel, kernel, 90).shared <= SHARED_MEMORY[90]
+
+
+@pytest.mark.parametrize("target", [80, 89])
+@pytest.mark.parametrize("kernel", KERNELS[:3], ids=_name)
+def test_kernel_fits_on_cards_with_less_shared_memory(kernel, target):
+    assert compiled(compile_kernel, kernel, target).shared <= SHARED_MEMORY[target]
+
+
+def test_hopper_uses_the_warpgroups_matrix_instruction():
+    """From 64 rows on, that is; 16 rows would leave three quarters of it unused."""
+    uses = {k.name: compiled(compile_kernel, k, 90).warpgroup_mma for k in KERNELS[:4]}
+    assert uses == {
+        "decode_128_rows": True, "decode_16_rows": False, "prefill_192": True, "prefill_128": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["common", "mha", "mla", "split_kv"])
+def test_every_region_can_be_shown(stage):
+    path = f"flashmla/triton/{stage}.py"
+    names = source.regions(path)
+    assert len(names) == len(set(names)) > 0
+    for name in names:
+        assert len(source.show(path, name).text.splitlines()) > 2
