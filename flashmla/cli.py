@@ -138,8 +138,7 @@ def _kernels() -> Iterator[tuple[str, str]]:
         yield "library", "flashmla.cuda cannot be imported"
         return
     path = _attempt(build.library_path)
-    exists = isinstance(path, (str, Path)) and Path(path).exists()
-    yield "library", f"{path} ({'built' if exists else 'not built'})"
+    yield "library", "not built" if path == "not found" else str(path)
     found = _attempt(library.available)
     available, reason = found if isinstance(found, tuple) else (False, str(found))
     yield "can be had", "yes" if available else f"no: {reason}"

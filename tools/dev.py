@@ -141,7 +141,7 @@ def stamp_of(group: str) -> str:
 def pip(run: Run, *arguments: str) -> None:
     """pip install, showing what arrives and not what was there already."""
     command = [run.python, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    shown = ("Collecting", "Downloading", "Installing", "Building", "Successfully")
+    shown = ("Downloading", "Processing", "Installing collected", "Building editable")
     LOGS.mkdir(parents=True, exist_ok=True)
     with (LOGS / "pip.log").open("a") as log, subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -361,6 +361,7 @@ def command_book(run: Run, arguments: list[str]) -> None:
     run.step("book")
     out = ROOT / "book" / "_build" / "html"
     run.call("-m", "sphinx", "-W", "--keep-going", "-b", "html", *arguments, "book", str(out))
+    run.call(str(ROOT / "tools" / "check_book.py"), str(out))
     run.note(f"book: {out / 'index.html'}")
 
 

@@ -1,0 +1,229 @@
+"""The benchmark's own parts: what a case needs, what the clock does, what a file says."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flashmla.bench import cases, peers, plots, problems, roofline, run, timing
+from flashmla.bench.cases import CASES, QUICK, TINY, Case, select
+from flashmla.reference import paged_kv
+
+CPU = torch.device("cpu")
+H100 = roofline.Ceilings(read_gbps=3110.0, copy_gbps=3020.0, matmul_tflops=800.0)
+
+
+# ---- cases -----------------------------------------------------------------------------------
+
+
+def test_names_are_unique_and_quick_cases_are_cases():
+    assert len({(case.op, case.name) for case in (*CASES, *TINY)}) == len(CASES) + len(TINY)
+    assert set(QUICK) <= set(CASES)
+
+
+@pytest.mark.parametrize(
+    ("name", "us", "tflops", "gbps"),
+    [  # time, and the rates that follow from it by the counting that such kernels are quoted in
+        ("b=128 h_q=128 s_q=1 s_k=4096", 243, 600, 2628),
+        ("b=128 h_q=128 s_q=2 s_k=4096", 476, 613, 1417),
+        ("b=128 h_q=128 s_q=2 s_k=32768", 3720, 628, 1318),
+        ("b=128 h_q=64 s_q=1 s_k=4096", 213, 343, 2922),
+        ("b=128 h_q=16 s_q=1 s_k=16384", 818, 89, 2959),
+        ("b=1 h_q=128 s_q=1 s_k=131072", 92, 397, 1646),
+        ("b=128 h_q=128 s_q=2 topk=2048", 343, 426, 1210),
+        ("h_q=128 s_q=4096 s_kv=8192 topk=2048", 3822, 611, None),
+    ],
+)
+def test_operations_and_bytes_of_a_case(name, us, tflops, gbps):
+    case = next(case for case in CASES if case.name == name)
+    assert case.flops / us / 1e6 == pytest.approx(tflops, rel=6e-3)
+    if gbps is not None:
+        assert case.bytes_moved / us / 1e3 == pytest.approx(gbps, rel=6e-3)
+
+
+def test_lengths_vary_alike_at_every_call_and_hold_the_queries():
+    case = next(case for case in CASES if case.spread)
+    lengths = case.lengths()
+    assert lengths.dtype == np.int32 and np.array_equal(lengths, case.lengths())
+    assert lengths.min() >= case.s_q and 3000 < lengths.std() < 5000
+    assert case.bytes_moved > int(lengths.sum()) * 1152
+
+
+def test_selection_by_operation_and_device():
+    assert select("dense_decode", "cpu") == TINY
+    assert {case.op for case in select("sparse_prefill", "cuda")} == {"sparse_prefill"}
+    assert select("all", "cuda") == CASES and select("all", "cuda", quick=True) == QUICK
+    with pytest.raises(ValueError, match="op is 'attention', expected 'all' or one of dense"):
+        select("attention", "cpu")
+
+
+# ---- problems --------------------------------------------------------------------------------
+
+GROUPED = Case("dense_decode", b=3, h_q=8, s_q=2, s_k=100, h_kv=2, spread=60)
+
+
+@pytest.mark.parametrize("case", [*TINY, GROUPED], ids=lambda case: case.name)
+def test_reference_of_a_problem_agrees_with_the_oracle(case: Case):
+    problem = problems.dense_decode(case, CPU)
+    want, _ = paged_kv.paged_decode(
+        problem.q.double().numpy(), problem.caches[1].double().numpy(),
+        problem.block_table.numpy(), problem.cache_seqlens.numpy(),
+        cases.D_V, problem.scale, case.causal,
+    )  # fmt: skip
+    for sequence in range(case.b):
+        got = problem.reference(sequence, copy=1).numpy()
+        assert np.abs(got - want[sequence]).max() < 1e-10
+
+
+def test_copies_differ_and_pages_are_scattered():
+    problem = problems.dense_decode(replace(TINY[0], b=4, s_k=1024), CPU)
+    assert not torch.equal(problem.caches[0], problem.caches[1])
+    pages = problem.block_table.flatten()
+    assert sorted(pages.tolist()) == list(range(len(pages)))
+    assert not torch.equal(pages, pages.sort().values)
+
+
+def test_error_sees_one_wrong_number():
+    problem = problems.dense_decode(TINY[0], CPU)
+    out = torch.stack([problem.reference(i) for i in range(TINY[0].b)])
+    assert problem.error(out) == 0.0
+    out[-1, 0, 3, 77] += 0.25
+    assert problem.error(out) == pytest.approx(0.25)
+
+
+# ---- timing ----------------------------------------------------------------------------------
+
+
+def test_copies_outgrow_the_cache_but_not_the_memory():
+    mib = 2**20
+    assert timing.copies_needed(604 * mib, 50 * mib, 60_000 * mib) == 2
+    assert timing.copies_needed(1 * mib, 50 * mib, 60_000 * mib) == 200
+    assert timing.copies_needed(mib // 10, 50 * mib, 60_000 * mib) == 256
+    assert timing.copies_needed(5000 * mib, 50 * mib, 8000 * mib) == 1
+
+
+def test_sides_take_turns_and_every_copy_has_its_turn():
+    calls: list[tuple[str, int]] = []
+    sides = {name: lambda copy, name=name: calls.append((name, copy)) for name in "ab"}
+    timing.measure(sides, copies=2, device=CPU, rounds=3)
+    assert calls[:2] == [("a", 0), ("b", 0)]  # the warm-up
+    order = [name for name, copy in calls[2:] if copy == 0]
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert [copy for _, copy in calls[2:]] == [0, 1] * 6
+
+
+def test_clock_tells_the_slow_side_from_the_fast():
+    sides = {"slow": lambda _: time.sleep(0.004), "fast": lambda _: time.sleep(0.001)}
+    measured = timing.measure(sides, copies=1, device=CPU, rounds=5)
+    slow, fast = measured["slow"].us, measured["fast"].us
+    assert slow is not None and fast is not None
+    assert slow > 4000 and fast > 1000 and slow > 1.5 * fast
+    assert measured["slow"].clock == "wall" and measured["slow"].eager_us is None
+
+
+# ---- roofline --------------------------------------------------------------------------------
+
+
+def test_prediction_is_the_slower_of_memory_and_arithmetic():
+    assert roofline.predicted_us(0, 3110e6, H100) == pytest.approx(1000)
+    assert roofline.predicted_us(800e9, 3110e3, H100) == pytest.approx(1000)
+    assert roofline.bound(1, 10**6, H100) == "memory"
+    assert roofline.bound(10**12, 10**6, H100) == "compute"
+
+
+def test_where_the_dense_cases_lie():
+    bounds = {
+        case.name: roofline.bound(case.flops, case.bytes_moved, H100)
+        for case in CASES
+        if case.op == "dense_decode"
+    }
+    assert bounds["b=128 h_q=16 s_q=1 s_k=16384"] == "memory"
+    assert bounds["b=128 h_q=128 s_q=2 s_k=32768"] == "compute"
+
+
+def test_ceilings_of_this_machine_are_measured():
+    copied = roofline.copy_gbps(CPU, size=2**22)
+    assert 0.05 < copied < 5000 and 0.05 < roofline.read_gbps(CPU, size=2**22) < 5000
+    assert 1e-4 < roofline.matmul_tflops(CPU, n=128, dtype=torch.float32) < 100
+
+
+# ---- peers and rows --------------------------------------------------------------------------
+
+
+def test_no_peer_without_a_card():
+    assert peers.find_peers(CPU) == {}
+
+
+def test_rows_leave_out_who_cannot_and_keep_the_rest(capsys, monkeypatch):
+    def refuses(problem, tier):
+        def call(copy):
+            raise RuntimeError("not on this machine")
+
+        return call if tier == "triton" else own(problem, tier)
+
+    own = peers.own
+    monkeypatch.setattr(peers, "own", refuses)
+    rows = run.measured_rows(TINY[0], CPU, ["torch", "triton"], rounds=1, ceilings=H100)
+    assert [row["impl"] for row in rows] == ["flashmla-torch"]
+    assert "flashmla-triton: left out, not on this machine" in capsys.readouterr().err
+    assert rows[0]["tflops"] == pytest.approx(TINY[0].flops / rows[0]["us"] / 1e6, rel=1e-3)
+    assert set(run.FIELDS) <= set(rows[0])
+
+
+def result_file() -> dict:
+    def row(case: Case, impl: str, us: float) -> dict:
+        rates = {"tflops": case.flops / us / 1e6, "gbps": case.bytes_moved / us / 1e3}
+        ends = {"eager_us": us, "error": 1e-3}
+        return {"op": case.op, "case": case.name, "impl": impl, "us": us, **rates, **ends}
+
+    impls = (("flashmla-cuda", 200.0), ("peer:other-1.0", 250.0))
+    return {
+        "provenance": {"gpu": "Some Card 80GB", "date": "2026-01-01"},
+        "ceilings": H100.as_dict(),
+        "tiny": False,
+        "rows": [row(case, impl, us) for case in QUICK for impl, us in impls],
+    }
+
+
+def test_result_file_reads_back_a_row_a_line(tmp_path: Path):
+    result = result_file()
+    path = run.default_path(result, tmp_path)
+    assert path.name == "some-card-80gb.json"
+    run.write(result, path)
+    text = path.read_text()
+    assert json.loads(text) == result
+    assert sum('"case"' in line for line in text.splitlines()) == len(result["rows"])
+
+
+def test_table_has_a_line_for_each_row():
+    result = result_file()
+    lines = run.table(result).splitlines()
+    assert len(lines) == 2 + len(result["rows"])
+    assert lines[2].startswith("| dense_decode | b=128 h_q=128 s_q=1 s_k=4096 | flashmla-cuda |")
+
+
+def test_roofline_figure_holds_the_measured_points():
+    result = result_file()
+    axes = plots.roofline_of(result).axes[0]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    drawn = sorted((float(d.get_xdata()[0]), float(d.get_ydata()[0])) for d in dots)
+    wanted = sorted((c.flops / c.bytes_moved, c.flops / 200.0 * 1e6) for c in QUICK)
+    assert np.allclose(drawn, wanted)
+
+
+def test_time_figure_has_a_series_for_each_implementation():
+    axes = plots.time_over_length(result_file()).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["flashmla-cuda", "peer:other-1.0"]
+    assert all(len(line.get_xdata()) == len(QUICK) for line in axes.lines)
+
+
+def test_plot_refuses_a_file_without_own_rows():
+    result = {**result_file(), "rows": [{"impl": "peer:x"}]}
+    with pytest.raises(ValueError, match="no row of this package"):
+        plots.roofline_of(result)
