@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -66,21 +67,23 @@ class SplitPlan:
             ValueError: the very tensor of lengths that the plan was made from has been written
                 since. That much the host knows; other staleness ``FLASHMLA_CHECK=1`` finds.
         """
-        if self.tile_scheduler_metadata is None or self.num_splits is None:
-            self.tile_scheduler_metadata, self.num_splits = get_mla_metadata(
+        compiling = torch.compiler.is_compiling()
+        metadata, num_splits = self.tile_scheduler_metadata, self.num_splits
+        if metadata is None or num_splits is None:
+            metadata, num_splits = get_mla_metadata(
                 cache_seqlens, num_q_tokens_per_head_k, num_heads_k
             )
-            if not torch.compiler.is_compiling():
+            self.tile_scheduler_metadata, self.num_splits = metadata, num_splits
+            if not compiling:
                 self._seqlens = weakref.ref(cache_seqlens)
                 self._seqlens_version = _version(cache_seqlens)
-        elif not torch.compiler.is_compiling() and self._seqlens is not None:
-            same = self._seqlens() is cache_seqlens
-            if same and self._seqlens_version != _version(cache_seqlens):
+        elif not compiling and self._seqlens is not None and self._seqlens() is cache_seqlens:
+            if self._seqlens_version != _version(cache_seqlens):
                 raise ValueError(
                     "tile_scheduler_metadata is a stale plan: cache_seqlens was written since the "
                     "plan was made; call get_mla_metadata() for a new plan"
                 )
-        return self.tile_scheduler_metadata, self.num_splits
+        return metadata, num_splits
 
 
 def _version(tensor: Tensor) -> int:
@@ -108,6 +111,23 @@ _merge_state = define(
     "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
     _fake_merge_state,
 )
+
+
+@overload
+def get_mla_metadata() -> tuple[SplitPlan, None]: ...
+
+
+@overload
+def get_mla_metadata(
+    cache_seqlens: Tensor,
+    num_q_tokens_per_head_k: int,
+    num_heads_k: int,
+    num_heads_q: int | None = None,
+    is_fp8_kvcache: bool = False,
+    topk: int | None = None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def get_mla_metadata(

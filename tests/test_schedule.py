@@ -1,0 +1,122 @@
+"""The split plan: closed form against the definition, and what every plan has to keep to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashmla import schedule
+from flashmla.reference.split_kv import plan_slow
+from flashmla.torch.split_kv import get_metadata
+
+LENGTHS = [
+    [0],
+    [1],
+    [64],
+    [65],
+    [0, 0, 0],
+    [0, 64, 0, 129, 0],
+    [4096] * 8,
+    [131072],
+    [1] * 300,
+    [5, 100000, 0, 63, 64, 65],
+]
+PARTS = [1, 2, 3, 7, 66, 132]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("seqlens", LENGTHS, ids=lambda x: f"b{len(x)}_{sum(x)}")
+def test_closed_form_is_the_definition(seqlens, parts):
+    metadata, num_splits = schedule.plan(seqlens, parts)
+    slow_metadata, slow_splits = plan_slow(seqlens, parts)
+    np.testing.assert_array_equal(metadata, slow_metadata)
+    np.testing.assert_array_equal(num_splits, slow_splits)
+    assert metadata.dtype == num_splits.dtype == np.int32
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(1, 140))
+def test_closed_form_is_the_definition_for_any_lengths(seqlens, parts):
+    for fast, slow in zip(schedule.plan(seqlens, parts), plan_slow(seqlens, parts), strict=True):
+        np.testing.assert_array_equal(fast, slow)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(-3, 9000), min_size=1, max_size=40), st.integers(1, 140))
+def test_torch_makes_the_same_plan(seqlens, parts):
+    made = get_metadata(torch.tensor(seqlens, dtype=torch.int32), parts)
+    for tensor, array in zip(made, schedule.plan(seqlens, parts), strict=True):
+        assert tensor.dtype == torch.int32
+        np.testing.assert_array_equal(tensor.numpy(), array)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 9000), min_size=1, max_size=40), st.integers(1, 140))
+def test_every_tile_is_done_once_and_by_about_equal_parts(seqlens, parts):
+    metadata, num_splits = schedule.plan(seqlens, parts)
+    tiles = [-(-length // schedule.TILE) for length in seqlens]
+    done = [np.zeros(n, dtype=int) for n in tiles]
+    slots = set()
+    work = []
+    for begin_request, begin_tile, end_request, end_tile, begin_split, *zeros in metadata:
+        assert zeros == [0, 0, 0]
+        own = 0
+        for request in range(begin_request, min(end_request, len(seqlens) - 1) + 1):
+            first = begin_tile if request == begin_request else 0
+            last = end_tile if request == end_request else tiles[request]
+            if first < last:
+                done[request][first:last] += 1
+                slot = num_splits[request] + (begin_split if request == begin_request else 0)
+                assert slot < num_splits[request + 1] and slot not in slots
+                slots.add(slot)
+                own += last - first
+        work.append(own)
+    assert all((count == 1).all() for count in done)
+    total = sum(tiles) + schedule.OVERHEAD * len(tiles)
+    assert max(work) <= -(-total // min(parts, total)) + schedule.OVERHEAD
+    empty = sum(n == 0 for n in tiles)
+    assert num_splits[-1] == len(slots) + empty <= len(seqlens) + parts
+
+
+def test_no_overflow_of_32_bits():
+    seqlens = [2**31 - 1] * 70
+    metadata, num_splits = schedule.plan(seqlens, 132)
+    made = get_metadata(torch.tensor(seqlens, dtype=torch.int32), 132)
+    np.testing.assert_array_equal(made[0].numpy(), metadata)
+    np.testing.assert_array_equal(made[1].numpy(), num_splits)
+    assert (np.diff(metadata[:, 0]) >= 0).all() and metadata[-1, 0] == 69
+    assert tuple(metadata[-1, 2:4]) == (70, 0)
+
+
+def test_empty_batch():
+    metadata, num_splits = schedule.plan([], 4)
+    assert metadata.shape == (4, 8) and not metadata.any()
+    assert num_splits.tolist() == [0]
+    made = get_metadata(torch.empty(0, dtype=torch.int32), 4)
+    assert not made[0].any() and made[1].tolist() == [0]
+
+
+def test_one_request_by_hand():
+    # 10 tiles and 5 of overhead over 3 parts: cuts at places 0, 5 and 10 of 15, tiles 0, 0 and 5.
+    metadata, num_splits = schedule.plan([640], 3)
+    assert metadata[:, :5].tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 5, 0], [0, 5, 1, 0, 1]]
+    assert num_splits.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "sms", "want"),
+    [(128, 1, 132, 66), (16, 1, 132, 132), (64, 1, 132, 132), (65, 1, 132, 66),
+     (1, 200, 132, 1), (256, 2, 132, 16), (128, 1, 78, 39)],
+)  # fmt: skip
+def test_num_parts(rows, heads, sms, want):
+    assert schedule.num_parts(rows, heads, sms) == want
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"parts must be at least 1, got 0"):
+        schedule.plan([1], 0)
+    with pytest.raises(ValueError, match=r"cache_seqlens must have shape \[b\], got shape \[1, 1]"):
+        schedule.plan(np.zeros((1, 1), int), 1)

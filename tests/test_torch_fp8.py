@@ -1,0 +1,73 @@
+"""The torch tier's FP8 format against the oracle's, byte for byte."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from cases import to_numpy
+
+from flashmla import fp8
+from flashmla.reference import fp8 as reference
+from flashmla.torch import fp8 as tier
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def tokens(dtype):
+    """Values of every size, tiles of zeros, and tiles whose scale is just at a power of two."""
+    x = torch.randn(40, 576) * torch.logspace(-4, 3, 40).unsqueeze(1)
+    x[0] = 0
+    x[1, :128] = 1e-5
+    x[2, :512] = 448.0
+    x[3, :512] = 448.0 * (1 + 2**-7)
+    x[4, :512] = 447.0
+    x[5, 0] = -3e4
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pack_is_the_oracles(dtype, power_of_two):
+    x = tokens(dtype)
+    want = reference.pack(to_numpy(x), power_of_two)
+    np.testing.assert_array_equal(tier.pack(x, power_of_two).numpy(), want)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_unpack_is_the_oracles(power_of_two):
+    cache = tier.pack(tokens(torch.float32), power_of_two)
+    np.testing.assert_array_equal(tier.unpack(cache).numpy(), reference.unpack(cache.numpy()))
+
+
+def test_every_code():
+    cache = torch.zeros(256, 656, dtype=torch.uint8)
+    cache[:, :512] = torch.arange(256).unsqueeze(1)
+    scales = torch.tensor([1.0, 2.0**-20, 3.7, 1e30])
+    cache[:, 512:528] = scales.view(torch.uint8)
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    got = tier.unpack(cache)[:, [0, 128, 256, 384]].numpy()
+    np.testing.assert_array_equal(got, codes[:, None] * scales.numpy())
+
+
+def test_rounding_up_to_a_power_of_two_is_exact():
+    exact = torch.ldexp(torch.ones(200), torch.arange(-100, 100))
+    above = torch.nextafter(exact, torch.tensor(float("inf")))
+    assert torch.equal(tier._round_up_to_power_of_two(exact), exact)
+    assert torch.equal(tier._round_up_to_power_of_two(above), 2 * exact)
+
+
+def test_append_writes_only_its_slots():
+    cache = torch.full((3, 8, 1, 656), 7, dtype=torch.uint8)
+    x = tokens(torch.bfloat16)[:6]
+    slots = torch.tensor([0, 23, -1, 9, 24, -7])
+    want = cache.numpy().copy()
+    reference.append(want, [0, 23, -1, 9, -1, -1], to_numpy(x))
+    tier.append(cache, slots, x)
+    np.testing.assert_array_equal(cache.numpy(), want)
+
+
+def test_constants_say_what_the_oracle_says():
+    assert fp8.BYTES_PER_TOKEN == reference.TOKEN_BYTES == 656
+    assert (fp8.SCALES_OFFSET, fp8.ROPE_OFFSET) == (reference.SCALES_AT, reference.ROPE_AT)

@@ -1,0 +1,113 @@
+"""The torch tier's dense decode against the oracle, everything unused poisoned."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+from cases import DECODE_CASES, DecodeCase, case_id
+
+import flashmla
+from flashmla.lab.check import assert_identical, assert_lse_close, assert_out_close
+from flashmla.torch import mla, split_kv
+
+
+def decode(inputs, parts):
+    case = inputs.case
+    plan = split_kv.get_metadata(inputs.cache_seqlens, parts)
+    return mla.dense_decode(
+        inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, *plan,
+        case.scale, case.causal,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=case_id)
+def test_against_the_oracle(case):
+    inputs = case.build()
+    out, lse = decode(inputs, 132)
+    want_out, want_lse = inputs.expected()
+    assert out.dtype == case.dtype and out.is_contiguous() and lse.is_contiguous()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_any_number_of_parts(parts):
+    inputs = DecodeCase("parts", (0, 700, 64, 3, 1500), 2, 8, causal=True, seed=77).build()
+    out, lse = decode(inputs, parts)
+    want_out, want_lse = inputs.expected()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+
+
+def test_splits_longer_than_a_block_and_more_than_a_batch():
+    """One split of 2500 keys, and so many keys that the gathering is done in several goes."""
+    for lengths, parts in (((2500, 1030), 1), ((900,) * 24, 30)):
+        inputs = DecodeCase("long", lengths, h_q=2, seed=78).build()
+        out, lse = decode(inputs, parts)
+        want_out, want_lse = inputs.expected()
+        assert_out_close(out, want_out)
+        assert_lse_close(lse, want_lse)
+
+
+def test_float32():
+    inputs = dataclasses.replace(DECODE_CASES[8], dtype=torch.float32).build()
+    out, lse = decode(inputs, 132)
+    want_out, want_lse = inputs.expected()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+
+
+def test_repeats_agree_bit_for_bit():
+    inputs = DECODE_CASES[0].build()
+    first = decode(inputs, 132)
+    for _ in range(3):
+        for name, got, want in zip(("out", "lse"), decode(inputs, 132), first, strict=True):
+            assert_identical(name, got, want)
+
+
+def test_wrong_block_numbers_stay_inside_the_cache():
+    """Unspecified results, but the memory beside the cache is not touched and nothing raises."""
+    inputs = DECODE_CASES[0].build()
+    inputs.block_table[:] = torch.tensor([2147480000, -5]).int()[torch.arange(8) % 2]
+    out, _ = decode(inputs, 132)
+    assert out.shape == inputs.q.shape[:3] + (512,)
+
+
+def test_lengths_beyond_the_table_stay_inside_it():
+    inputs = DecodeCase("short", (64, 64), h_q=2, seed=1).build()
+    whole = inputs.block_table[:, :1]
+    want = decode(inputs, 4)
+    long = dataclasses.replace(inputs, block_table=whole, cache_seqlens=inputs.cache_seqlens + 900)
+    for got, expected in zip(decode(long, 4), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_cache_without_pages():
+    inputs = DecodeCase("none", (0, 0), h_q=2, seed=1).build()
+    out, lse = decode(dataclasses.replace(inputs, k_cache=inputs.k_cache[:0]), 4)
+    assert not out.any() and (lse == float("inf")).all()
+
+
+def test_a_stale_plan_reads_nothing_outside():
+    inputs = DECODE_CASES[0].build()
+    for other in ([5000] * 10, [0] * 10, [1] * 10):
+        plan = split_kv.get_metadata(torch.tensor(other, dtype=torch.int32), 9)
+        out, lse = mla.dense_decode(
+            inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, *plan,
+            0.04, False,
+        )  # fmt: skip
+        assert not out.isnan().any() and not lse.isnan().any()
+
+
+def test_fast_enough_for_a_notebook():
+    inputs = DecodeCase("speed", (1024,) * 4, h_q=16).build()
+    plan, _ = flashmla.get_mla_metadata()
+    begin = time.process_time()
+    for _ in range(3):
+        flashmla.flash_mla_with_kvcache(
+            inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, plan
+        )
+    assert (time.process_time() - begin) / 3 < 1.0
