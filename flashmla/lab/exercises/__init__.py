@@ -1,0 +1,1 @@
+"""Checkers of the lessons' exercises, a module a stage: each raises until the answer is right."""
