@@ -1,0 +1,163 @@
+"""Dense decode on a Hopper card: the CUDA tier against the oracle, poisoned, and bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import DECODE_CASES, DecodeCase, DecodeInputs, case_id, large_decode_cases, with_page
+
+import flashmla
+from flashmla import backend
+from flashmla.lab.check import assert_identical, assert_lse_close, assert_out_close
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+CASES = with_page(64, (*DECODE_CASES, *large_decode_cases()))
+REPEATS = 20
+
+
+def plan_for(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    case = inputs.case
+    rows = case.s_q * case.h_q // case.h_kv
+    return flashmla.get_mla_metadata(inputs.cache_seqlens, rows, case.h_kv)
+
+
+def decode(inputs: DecodeInputs, plan=None):
+    """The public call, served by CUDA or not at all."""
+    tile_scheduler_metadata, num_splits = plan or plan_for(inputs)
+    with backend.use_backend("cuda"):
+        return flashmla.flash_mla_with_kvcache(
+            inputs.q,
+            inputs.k_cache,
+            inputs.block_table,
+            inputs.cache_seqlens,
+            inputs.case.d_v,
+            tile_scheduler_metadata,
+            num_splits,
+            softmax_scale=inputs.scale,
+            causal=inputs.case.causal,
+        )
+
+
+def poison_free_memory() -> None:
+    """Fills what the allocator will hand out next with NaN: an unwritten output is then seen."""
+    torch.full((1 << 28,), float("nan"), device=DEVICE)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_against_oracle(case: DecodeCase) -> None:
+    inputs = case.build(DEVICE)
+    poison_free_memory()
+    out, lse = decode(inputs)
+    want_out, want_lse = inputs.expected()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("name", ["h128_sq2_float16", "b32_varied", "b1_long", "gqa_2"])
+def test_repeats_bit_for_bit(name: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    inputs = case.build(DEVICE)
+    plan = plan_for(inputs)
+    first_out, first_lse = decode(inputs, plan)
+    for _ in range(REPEATS):
+        poison_free_memory()
+        out, lse = decode(inputs, plan)
+        assert_identical("out", out, first_out)
+        assert_identical("lse", lse, first_lse)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 66, 132])
+def test_any_plan_gives_the_same_answer(parts: int) -> None:
+    case = DecodeCase("plans", (0, 1, 64, 500, 3000), s_q=2, h_q=64, causal=True, seed=7)
+    inputs = case.build(DEVICE)
+    plan = backend.implementation("split_kv.get_metadata", DEVICE)(inputs.cache_seqlens, parts)
+    out, lse = decode(inputs, plan)
+    want_out, want_lse = inputs.expected()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+
+
+def test_empty_plan_is_filled_in_and_reused() -> None:
+    inputs = DecodeCase("planless", h_q=128, seed=3).build(DEVICE)
+    plan, none = flashmla.get_mla_metadata()
+    assert none is None
+    want_out, want_lse = decode(inputs)
+    for _ in range(2):
+        out, lse = decode(inputs, (plan, None))
+        assert_identical("out", out, want_out)
+        assert_identical("lse", lse, want_lse)
+
+
+def test_on_a_side_stream() -> None:
+    inputs = DecodeCase("stream", (500, 0, 64), h_q=128, seed=4).build(DEVICE)
+    want_out, want_lse = decode(inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # were the call on another stream, it would be done by now
+        q = inputs.q.clone()
+        late = DecodeInputs(
+            inputs.case, q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens
+        )
+        q.mul_(0).add_(inputs.q)
+        out, lse = decode(late)
+    stream.synchronize()
+    assert_identical("out", out, want_out)
+    assert_identical("lse", lse, want_lse)
+
+
+def test_graph_replays_with_other_lengths() -> None:
+    long = DecodeCase("graph", (700, 64, 1, 0, 1900), s_q=2, h_q=128, causal=True, seed=5)
+    inputs = long.build(DEVICE)
+    plan = plan_for(inputs)
+    seqlens = inputs.cache_seqlens.clone()
+    decode(inputs, plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows = long.s_q * long.h_q
+        flashmla.get_mla_metadata(inputs.cache_seqlens, rows, 1, out=plan)
+        out, lse = decode(inputs, plan)
+    for shorter_by in (0, 1, 65, 400):
+        # In place, as a server does: the graph holds the addresses.
+        inputs.cache_seqlens.copy_(torch.clamp(seqlens - shorter_by, min=0))
+        graph.replay()
+        want_out, want_lse = inputs.expected()
+        assert_out_close(out, want_out)
+        assert_lse_close(lse, want_lse)
+
+
+def test_wild_block_numbers_read_nothing_outside() -> None:
+    """Out of range within the length is the caller's mistake: no fault, and others are right."""
+    inputs = DecodeCase("wild", (300, 300), h_q=16, strided=False, seed=6).build(DEVICE)
+    want_out, want_lse = decode(inputs)
+    inputs.block_table[0, 1] = 2147480000
+    inputs.block_table[0, 2] = -5
+    out, lse = decode(inputs)
+    torch.cuda.synchronize()
+    assert_identical("out of the sound request", out[1], want_out[1])
+    assert_identical("lse of the sound request", lse[1], want_lse[1])
+
+
+def test_record_says_cuda() -> None:
+    before = backend.calls.get("mla.dense_decode", {}).get("cuda", 0)
+    decode(DecodeCase("record", (64,), h_q=16).build(DEVICE))
+    assert backend.calls["mla.dense_decode"]["cuda"] == before + 1
+
+
+def test_error_is_that_of_bf16_arithmetic() -> None:
+    """The kernel is no further from float64 than plain torch attention in the same dtype, twice."""
+    inputs = DecodeCase("error", (4096,), h_q=128, strided=False, seed=8).build(DEVICE)
+    out, _ = decode(inputs)
+    pages = inputs.block_table[0, : 4096 // 64].long()
+    k = inputs.k_cache[pages].reshape(4096, 576)
+    scores = (inputs.q[0, 0] @ k.T) * inputs.scale
+    plain = torch.softmax(scores.float(), -1).to(k.dtype) @ k[:, :512]
+    want = torch.as_tensor(inputs.expected()[0][0, 0])
+
+    def error(x: torch.Tensor) -> float:
+        return float(np.linalg.norm(x.double().cpu() - want) / np.linalg.norm(want))
+
+    assert error(out[0, 0]) <= 2 * error(plain)
