@@ -312,7 +312,7 @@ def lesson_model(run: Run) -> None:
         return
     run.step("the lessons' language model (trained once, then cached)")
     begun = time.monotonic()
-    run.call("-m", "flashmla.lab.model")
+    run.call("-c", "from flashmla.lab.model import load; load()")
     run.note(f"model: ready after {time.monotonic() - begun:.0f} s")
 
 

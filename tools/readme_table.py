@@ -1,0 +1,85 @@
+"""Keeps README's benchmark table in step with benchmarks/results/.
+
+``python tools/readme_table.py`` rewrites it; with ``--check`` it fails if it would.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+OURS = "flashmla-cuda"
+
+
+def number(value: float | None) -> str:
+    """Three digits and more before the point, else three in all."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The cases of one result file: ours, the fastest peer beside it, and their ratio."""
+    lines = ["| case | µs | TFLOPS | GB/s | error | peer, µs | ratio |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    for row in result["rows"]:
+        if row["impl"] != OURS:
+            continue
+        others = [
+            other["us"]
+            for other in result["rows"]
+            if (other["op"], other["case"]) == (row["op"], row["case"])
+            and other["impl"].startswith("peer:")
+            and other["us"] is not None
+        ]
+        peer = min(others, default=None)
+        ratio = f"{peer / row['us']:.2f}" if peer is not None and row["us"] else "–"
+        cells = [f"{row['op']} {row['case']}", *(number(row[k]) for k in ("us", "tflops", "gbps"))]
+        lines.append("| " + " | ".join([*cells, f"{row['error']:.1e}", number(peer), ratio]) + " |")
+    return lines
+
+
+def section(result: dict[str, Any]) -> list[str]:
+    """A result file as README shows it: device, peers, table, and where the figures come from."""
+    said = result["provenance"]
+    peers = sorted({r["impl"].removeprefix("peer:") for r in result["rows"]} - own(result))
+    beside = f", beside {', '.join(peers)}" if peers else ""
+    facts = f"driver {said['driver']}, CUDA {said['cuda']}, torch {said['torch']}"
+    lines = [f"**{said['gpu']}**{beside}", "", *table(result), ""]
+    return [*lines, f"{facts}, commit {said['commit'][:12]}, {said['date'][:10]}."]
+
+
+def own(result: dict[str, Any]) -> set[str]:
+    """The implementations of this package in a result file."""
+    return {row["impl"] for row in result["rows"] if not row["impl"].startswith("peer:")}
+
+
+def generated(folder: Path) -> str:
+    """What stands between README's markers, from the result files of cards."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    parts = ["\n".join(section(file)) for file in files if not file.get("tiny")]
+    return "\n\n".join(parts) if parts else "No card's results are recorded yet."
+
+
+def filled(readme: str, text: str) -> str:
+    """README with this text between its markers."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    wanted = filled(readme, generated(ROOT / "benchmarks" / "results"))
+    if "--check" in sys.argv:
+        sys.exit(0 if readme == wanted else "README.md: run python tools/readme_table.py")
+    path.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
