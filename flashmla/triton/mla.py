@@ -122,8 +122,11 @@ def dense_decode_kernel(
             # within the cache are followed: all else is 0 and masked below.
             token = start + tl.arange(0, BLOCK_N)  # [N]
             exists = token < length  # [N]
-            block = tl.load(table_row + token // PAGE, mask=exists, other=-1)  # [N]
-            readable = (block >= 0) & (block < num_blocks)  # [N]
+            if PAGE % BLOCK_N == 0:
+                block = tl.load(table_row + start // PAGE)  # all the tokens are in one page
+            else:
+                block = tl.load(table_row + token // PAGE, mask=exists, other=-1)  # [N]
+            readable = exists & (block >= 0) & (block < num_blocks)  # [N]
             k_row = k_cache + block.to(tl.int64) * k_stride_block  # a cache may pass 4 GiB
             k_row += (token % PAGE) * k_stride_token + kv_head * k_stride_head  # [N] pointers
             k_nope = tl.load(k_row[:, None] + d_v, mask=readable[:, None], other=0.0)
