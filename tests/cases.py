@@ -99,6 +99,7 @@ class DecodeCase:
     d_v: int = 512
     softmax_scale: float | None = None
     shared_prefix_pages: int = 0  # full pages that all long enough requests have in common
+    unused_blocks: int = 5
     strided: bool = True  # q and the cache are slices of larger tensors full of NaN
     seed: int = 0
 
@@ -138,7 +139,7 @@ class DecodeCase:
     def _block_table(self, g: torch.Generator) -> tuple[torch.Tensor, int]:
         """Scattered block numbers, WILD behind each length, and how many blocks the cache has."""
         pages = [-(-length // self.page) for length in self.lengths]
-        blocks = sum(pages) + 5
+        blocks = sum(pages) + self.unused_blocks
         free = torch.randperm(blocks, generator=g).to(torch.int32)
         table = torch.full((self.b, max(pages, default=0) + 2), WILD, dtype=torch.int32)
         taken = 0
@@ -240,6 +241,7 @@ def large_decode_cases() -> list[DecodeCase]:
         DecodeCase("all_empty_large", (0,) * 40, 1, 128, seed=310),
         DecodeCase("sharp", (*LENGTHS, 2000), 1, 64, softmax_scale=0.4, seed=311),
         DecodeCase("shared_prefix_large", (2000,) * 16, 1, 128, shared_prefix_pages=20, seed=312),
+        DecodeCase("cache_over_4_gib", (*LENGTHS, 3000), 2, 64, unused_blocks=40_000, seed=313),
     ]
 
 

@@ -120,12 +120,27 @@ def test_the_largest_value_never_becomes_nan(seed, power_of_two):
         assert (codes.max(axis=-1) == 0x7E).all()
 
 
-def test_the_clamp_holds_beyond_448():
-    x = np.zeros((1, 128), np.float32)
-    x[0, :2] = 1e30, -1e30
-    codes, scales = fp8.quantise(x, power_of_two=False)
-    assert codes.view(np.uint8)[0, :3].tolist() == [0x7E, 0xFE, 0]
-    np.testing.assert_allclose(codes.astype(float)[0, :2] * scales[0, 0], [1e30, -1e30], rtol=1e-6)
+def test_the_cast_clamps_what_is_beyond_448():
+    x = np.float32([448.0, 449.0, 464.0, 465.0, 1e30, np.inf])
+    assert (fp8.to_e4m3(x).view(np.uint8) == 0x7E).all()
+    assert (fp8.to_e4m3(-x).view(np.uint8) == 0xFE).all()
+
+
+def test_quotients_are_true_divisions():
+    """Around ties, where a product with the reciprocal would go the other way."""
+    middles = np.array([(a + b) / 2 for a, b in zip(POSITIVE[:-1], POSITIVE[1:], strict=True)])
+    other_way = 0
+    for amax in np.float32([1.0, 3.3, 0.77, 123.4, 5e4, 0.012]):
+        scale = amax / np.float32(448)
+        x = (middles * float(scale)).astype(np.float32)
+        x = np.minimum(np.concatenate([x, np.nextafter(x, 0), np.nextafter(x, amax)]), amax)
+        tokens = [fp8.pack(row([*part, amax]), power_of_two=False) for part in np.split(x, 3)]
+        got = np.concatenate([token[:126] for token in tokens]).tolist()
+        assert got == [nearest_code(q) for q in x / scale]
+        other_way += sum(
+            code != nearest_code(q) for code, q in zip(got, x * (1 / scale), strict=True)
+        )
+    assert other_way > 0
 
 
 @pytest.mark.parametrize("exponent", range(-40, 60, 7))

@@ -27,6 +27,11 @@ def round_up_to_power_of_two(x):
     return np.ldexp(np.float32(1.0), np.where(mantissa == 0.5, exponent - 1, exponent))
 
 
+def to_e4m3(x):
+    """The float8_e4m3 nearest to x float32, ties to even, what is beyond 448 clamped to it."""
+    return np.clip(x, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+
+
 def quantise(x, power_of_two=True):
     """x float32 [..., n · 128] -> codes float8_e4m3fn [..., n · 128], scales float32 [..., n].
 
@@ -37,8 +42,7 @@ def quantise(x, power_of_two=True):
     scales = np.maximum(amax, SMALLEST_AMAX) / E4M3_MAX
     if power_of_two:
         scales = round_up_to_power_of_two(scales)
-    quotients = np.clip(tiles / scales[..., None], -E4M3_MAX, E4M3_MAX)
-    return quotients.astype(ml_dtypes.float8_e4m3fn).reshape(x.shape), scales
+    return to_e4m3(tiles / scales[..., None]).reshape(x.shape), scales
 
 
 def dequantise(codes, scales, dtype=np.float32):
