@@ -128,9 +128,10 @@ def sparse_decode(q, cache, indices, d_v, scale=None, attn_sink=None, topk_lengt
     b, s_q, h_q, _ = q.shape
     tokens = cache.reshape(-1, *cache.shape[2:])
     out, lse = np.zeros((b, s_q, h_q, d_v)), np.full((b, s_q, h_q), np.inf)
+    lengths = np.full(b, indices.shape[-1]) if topk_length is None else np.asarray(topk_length)
+    lengths = np.broadcast_to(lengths.reshape(b, -1), (b, s_q))
     for i, j in np.ndindex(b, s_q):
-        length = None if topk_length is None else np.broadcast_to(topk_length.T, (s_q, b))[j, i]
-        kv = select(tokens, indices[i, j], length)
+        kv = select(tokens, indices[i, j], lengths[i, j])
         kv = unpack(kv, np.float64) if cache.shape[-1] == TOKEN_BYTES else kv
         out[i, j], lse[i, j] = (x[0] for x in mla_decode(q[i, j][None], kv, scale, d_v=d_v))
     return apply_sink(out, lse, attn_sink), lse.transpose(0, 2, 1)

@@ -73,7 +73,7 @@ def attention(q, k, v, scale=None, causal=False):
 def attention_with_kv_cache(q, k, v, scale=None):
     """Causal attention as a decoder does it: token by token, keeping the keys and values.
 
-    q [s_q, h_q, d_qk]; k, v [s_k, h_kv, d]: the first s_k - s_q tokens are in the cache already.
+    q [s_q, h_q, d_qk]; k, v [s_k, h_kv, d]: the first s_k - s_q >= 0 tokens are cached already.
     -> out [s_q, h_q, d_v], lse [s_q, h_q], equal to `attention(..., causal=True)`
     """
     s_q, s_k = len(q), len(k)
@@ -89,7 +89,7 @@ def attention_with_kv_cache(q, k, v, scale=None):
 def online_softmax_step(state, scores, v):
     """Take one block of keys into the running softmax.
 
-    state = (m, l, acc): the largest score so far [..., rows], the sum of exp(score - m), and the
+    state = (m, total, acc): the largest score so far [..., rows], the sum of exp(score - m), and the
     sum of exp(score - m) · v [..., rows, d_v]; scores [..., rows, block], v [..., block, d_v]
     """
     m, total, acc = state
