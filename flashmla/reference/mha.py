@@ -89,8 +89,8 @@ def attention_with_kv_cache(q, k, v, scale=None):
 def online_softmax_step(state, scores, v):
     """Take one block of keys into the running softmax.
 
-    state = (m, total, acc): the largest score so far [..., rows], the sum of exp(score - m), and the
-    sum of exp(score - m) · v [..., rows, d_v]; scores [..., rows, block], v [..., block, d_v]
+    state = (m, total, acc): the largest score so far [..., rows], the sum of exp(score - m), and
+    the sum of exp(score - m) · v [..., rows, d_v]; scores [..., rows, block], v [..., block, d_v]
     """
     m, total, acc = state
     m_new = np.maximum(m, scores.max(axis=-1))
