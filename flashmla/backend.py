@@ -51,6 +51,7 @@ _forced: ContextVar[str | None] = ContextVar("flashmla_backend", default=None)
 _last: dict[str, str] = {}
 _logged: set[tuple[str, str, str]] = set()
 _modules: dict[tuple[str, str], ModuleType | str] = {}
+_routes: dict[tuple[str, torch.device], list[tuple[str, ModuleType | str]]] = {}
 
 
 @contextmanager
@@ -133,6 +134,7 @@ def last_tier(op: str) -> str | None:
 def refresh() -> None:
     """Forget which tiers were found unable to run: after building kernels in this process."""
     _modules.clear()
+    _routes.clear()
     _logged.clear()
     _capability.cache_clear()
 
@@ -141,11 +143,11 @@ def _select(
     op: str, device: torch.device, args: tuple[Any, ...] | None
 ) -> tuple[str, Callable[..., Any], str]:
     """(tier, function, reason). With args, each tier's ``supports_<function>`` is asked as well."""
-    stage, function_name = op.split(".")
+    stage, name = op.split(".")
     forced = forced_backend()
     refused: list[tuple[str, str]] = []
-    for tier in (forced,) if forced else _order(device):
-        function, why_not = _function(tier, stage, function_name, device, args)
+    for tier, module in _route(stage, device, forced):
+        function, why_not = _function(module, stage, name, args)
         if function is not None:
             break
         refused.append((tier, why_not))
@@ -155,15 +157,28 @@ def _select(
         raise RuntimeError(f"flashmla: {op} on {device.type} tensors: {asked}{reasons}")
     if forced is None and device.type == "cuda":
         _demand_required_tier(op, tier, refused)
-    if args is not None:
+    if args is None:
+        return tier, function, _reason(tier, forced, device, refused)
+    if refused:
         _log_once(op, tier, refused)
-    return tier, function, _reason(tier, forced, device, refused)
+    return tier, function, ""
 
 
-def _order(device: torch.device) -> tuple[str, ...]:
-    if device.type != "cuda":
-        return ("torch",)
-    return TIERS if _capability(device) == _HOPPER else ("triton", "torch")
+def _route(
+    stage: str, device: torch.device, forced: str | None
+) -> list[tuple[str, ModuleType | str]]:
+    """The tiers to try, each with its module for the stage or why it has none to offer."""
+    if forced is not None:
+        return [(forced, _cannot_run(forced, device) or _module(forced, stage))]
+    key = (stage, device)
+    route = _routes.get(key)
+    if route is None:
+        order: tuple[str, ...] = ("torch",)
+        if device.type == "cuda":
+            order = TIERS if _capability(device) == _HOPPER else ("triton", "torch")
+        route = [(tier, _cannot_run(tier, device) or _module(tier, stage)) for tier in order]
+        _routes[key] = route
+    return route
 
 
 @functools.cache
@@ -172,17 +187,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _function(
-    tier: str,
-    stage: str,
-    name: str,
-    device: torch.device,
-    args: tuple[Any, ...] | None,
+    module: ModuleType | str, stage: str, name: str, args: tuple[Any, ...] | None
 ) -> tuple[Callable[..., Any] | None, str]:
     """The tier's function, or None and why it cannot serve this call."""
-    why_not = _cannot_run(tier, device)
-    if why_not:
-        return None, why_not
-    module = _module(tier, stage)
     if isinstance(module, str):
         return None, module
     function = getattr(module, name, None)

@@ -25,6 +25,7 @@ __all__ = [
     "check_range",
     "check_shape",
     "check_tensor",
+    "float_dtypes",
     "values_wanted",
 ]
 
@@ -56,17 +57,26 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {dims}, got {type(value).__name__}")
+    shape = value.shape
     rank = dims.count(",") + 1
-    if value.dim() != rank:
+    if len(shape) != rank:
         raise ValueError(
-            f"{name} must have {rank} dimensions {dims}, got {value.dim()}: {list(value.shape)}"
+            f"{name} must have {rank} dimensions {dims}, got {len(shape)}: {list(shape)}"
         )
     if dtypes and value.dtype not in dtypes:
         check_dtype(name, value, dtypes)
     if device is not None and value.device != device:
         check_device(name, value, device)
-    check_last_dim_contiguous(name, value)
+    if value.stride(-1) != 1:
+        check_last_dim_contiguous(name, value)
     return value
+
+
+def float_dtypes(tensor: object) -> tuple[torch.dtype, ...]:
+    """What attention computes with: float32 on CPU tensors only, where the torch tier serves."""
+    if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+        return (torch.bfloat16, torch.float16, torch.float32)
+    return (torch.bfloat16, torch.float16)
 
 
 def check_dtype(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -77,7 +87,9 @@ def check_dtype(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype]) -
 
 def check_device(name: str, value: torch.Tensor, device: torch.device) -> None:
     if value.device != device:
-        raise ValueError(f"{name} must be on {device}, as the query is, got {value.device}")
+        raise ValueError(
+            f"{name} must be on {device}, where the other tensors are, got {value.device}"
+        )
 
 
 def check_last_dim_contiguous(name: str, value: torch.Tensor) -> None:

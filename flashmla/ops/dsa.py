@@ -12,6 +12,7 @@ from flashmla.checks import (
     check_range,
     check_shape,
     check_tensor,
+    float_dtypes,
     values_wanted,
 )
 from flashmla.fp8 import BYTES_PER_TOKEN, CACHE_DTYPES, HEAD_DIM
@@ -200,11 +201,7 @@ def flash_mla_sparse_fwd(
     Source: ``flashmla/torch/dsa.py``.
     """
     dims = "[s_q, h_q, d_qk]"
-    check_tensor("q", q, dims)
-    floats = [torch.bfloat16, torch.float16]
-    if q.device.type == "cpu":
-        floats.append(torch.float32)
-    check_tensor("q", q, dims, floats)
+    check_tensor("q", q, dims, float_dtypes(q))
     s_q, h_q, d_qk = q.shape
     if d_qk not in PREFILL_HEAD_DIMS:
         raise ValueError(f"q must have head size 576 or 512, got {d_qk}: {list(q.shape)}")

@@ -13,6 +13,7 @@ from flashmla.checks import (
     check_int,
     check_shape,
     check_tensor,
+    float_dtypes,
     values_wanted,
 )
 from flashmla.ops.library import define, register_autograd
@@ -267,11 +268,7 @@ def _packed_head_dim(name: str, packed: Tensor, head_dim_qk: object, times: int)
 def _check_tensors(
     q: object, k: object, v: object, cu_seqlens_qo: object, cu_seqlens_kv: object
 ) -> None:
-    floats = [torch.bfloat16, torch.float16]
-    query = check_tensor("q", q, "[total_q, h_q, d_qk]")
-    if query.device.type == "cpu":
-        floats.append(torch.float32)
-    check_tensor("q", query, "[total_q, h_q, d_qk]", floats)
+    query = check_tensor("q", q, "[total_q, h_q, d_qk]", float_dtypes(q))
     key = check_tensor("k", k, "[total_kv, h_kv, d_qk]", (query.dtype,), query.device)
     value = check_tensor("v", v, "[total_kv, h_kv, d_v]", (query.dtype,), query.device)
     check_shape("k", key, (None, None, query.shape[2]), "[total_kv, h_kv, d_qk]")

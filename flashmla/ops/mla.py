@@ -12,6 +12,7 @@ from flashmla.checks import (
     check_page_strides,
     check_shape,
     check_tensor,
+    float_dtypes,
     values_wanted,
 )
 from flashmla.ops import dsa
@@ -151,11 +152,7 @@ def flash_mla_with_kvcache(
 
 
 def _check_query(q: object, head_dim_v: object) -> None:
-    q = check_tensor("q", q, "[b, s_q, h_q, 576]")
-    floats = [torch.bfloat16, torch.float16]
-    if q.device.type == "cpu":
-        floats.append(torch.float32)
-    check_tensor("q", q, "[b, s_q, h_q, 576]", floats)
+    q = check_tensor("q", q, "[b, s_q, h_q, 576]", float_dtypes(q))
     if q.shape[-1] != HEAD_DIM_QK:
         raise ValueError(
             f"q must have head size {HEAD_DIM_QK}, the only one supported, got "

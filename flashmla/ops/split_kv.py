@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from dataclasses import dataclass
 from typing import overload
@@ -224,7 +223,6 @@ def check_plan_tensors(
     return metadata, num_splits
 
 
-@functools.cache
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; any other device is planned as an H100."""
     if device.type != "cuda":

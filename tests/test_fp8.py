@@ -1,0 +1,118 @@
+"""flashmla.fp8 as a public module: shapes, dtypes, bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import to_numpy
+
+from flashmla import fp8
+from flashmla.lab.check import compare
+from flashmla.reference import fp8 as reference
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (5,), (2, 3, 1)], ids=str)
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_pack_and_unpack_keep_the_leading_dimensions(lead, power_of_two):
+    x = torch.randn(*lead, 576).bfloat16()
+    packed = fp8.pack(x, power_of_two)
+    assert packed.shape == (*lead, 656) and packed.dtype == torch.uint8
+    values = fp8.unpack(packed)
+    assert values.shape == x.shape and values.dtype == torch.float32
+    want = reference.quantise_dequantise(to_numpy(x), power_of_two)
+    np.testing.assert_array_equal(values.numpy(), want)
+    assert torch.equal(values[..., 512:], x[..., 512:].float())
+
+
+def test_the_error_is_that_of_three_bits_of_mantissa():
+    x = torch.randn(200, 576)
+    largest = x[:, :512].unflatten(1, (4, 128)).abs().amax(-1, keepdim=True).expand(-1, -1, 128)
+    for power_of_two, step in ((True, 2.0), (False, 1.0)):
+        error = (fp8.unpack(fp8.pack(x, power_of_two)) - x)[:, :512].abs()
+        bound = (x[:, :512].abs() / 16).clamp(min=0) + step * largest.flatten(1) / 448 / 2**10
+        assert (error <= bound).all()
+
+
+def test_packed_slices_and_other_byte_dtypes():
+    x = torch.randn(6, 600)[:, 8:584]
+    packed = fp8.pack(x)
+    np.testing.assert_array_equal(packed.numpy(), reference.pack(x.numpy()))
+    wide = torch.zeros(6, 700, dtype=torch.uint8)
+    wide[:, 16:672] = packed
+    for dtype in fp8.CACHE_DTYPES:
+        assert torch.equal(fp8.unpack(wide[:, 16:672].view(dtype)), fp8.unpack(packed))
+
+
+@pytest.mark.parametrize("dtype", fp8.CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)
+def test_append_into_a_slice_of_a_larger_cache(dtype, slot_dtype):
+    whole = torch.full((4, 2, 8, 1, 656), 9, dtype=torch.uint8)
+    x = torch.randn(3, 576)
+    assert (
+        fp8.append(whole[:, 1].view(dtype), torch.tensor([31, -1, 8], dtype=slot_dtype), x) is None
+    )
+    want = np.full((4, 2, 8, 1, 656), 9, np.uint8)
+    want[3, 1, 7, 0], want[1, 1, 0, 0] = reference.pack(x.numpy())[[0, 2]]
+    np.testing.assert_array_equal(whole.numpy(), want)
+
+
+def test_a_tile_with_nan_is_nan_and_infinity_never_becomes_a_number():
+    x = torch.zeros(1, 576)
+    x[0, 0], x[0, 200] = float("nan"), float("inf")
+    values = fp8.unpack(fp8.pack(x))[0]
+    assert values[:128].isnan().all() and not values[256:].isnan().any()
+    assert not values[200].isfinite()
+
+
+def test_packing_again_what_was_unpacked_changes_nothing():
+    packed = fp8.pack(torch.randn(50, 576))
+    assert torch.equal(fp8.pack(fp8.unpack(packed)), packed)
+
+
+CACHE = torch.zeros(2, 4, 1, 656, dtype=torch.uint8)
+SLOTS, X = torch.tensor([0, 1]), torch.zeros(2, 576)
+BAD = [
+    (fp8.pack, ([1],), TypeError, r"x must be a torch.Tensor \[..., 576], got list"),
+    (fp8.pack, (X[:, :512],), ValueError, r"x must have shape \[..., 576], got \[2, 512]"),
+    (fp8.pack, (X.double(),), TypeError, "x must be of dtype bfloat16 or float16 or float32, got"),
+    (fp8.pack, (X, 1), TypeError, "power_of_two must be True or False, got int 1"),
+    (fp8.pack, (X.T.contiguous().T,), ValueError, "x must be contiguous in its last dimension"),
+    (fp8.unpack, (X,), ValueError, r"cache must have shape \[..., 656], got \[2, 576]"),
+    (
+        fp8.unpack,
+        (CACHE.float(),),
+        TypeError,
+        "cache must be of dtype float8_e4m3fn or uint8 or int8",
+    ),
+    (fp8.append, (CACHE[0], SLOTS, X), ValueError, "cache must have 4 dimensions"),
+    (fp8.append, (CACHE.expand(2, 4, 2, 656), SLOTS, X), ValueError, r"\[any, any, 1, 656], got"),
+    (fp8.append, (CACHE, SLOTS.float(), X), TypeError, "slots must be of dtype int32 or int64"),
+    (
+        fp8.append,
+        (CACHE, SLOTS[:1], X),
+        ValueError,
+        r"x must have shape \[n, 576] = \[1, 576], got",
+    ),
+    (fp8.append, (CACHE, SLOTS, X.to("meta")), ValueError, "x must be on cpu"),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "error", "message"), BAD)
+def test_bad_input(function, arguments, error, message):
+    with pytest.raises(error, match=message):
+        function(*arguments)
+
+
+def test_slots_are_checked_when_asked_for(monkeypatch):
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    fp8.append(CACHE.clone(), torch.tensor([7, -9]), X)
+    with pytest.raises(ValueError, match=r"slots\[0] is 8, but a slot .* must be from -1 to 7"):
+        fp8.append(CACHE.clone(), torch.tensor([8, 0]), X)
+
+
+def test_error_of_the_format_on_attention_like_values():
+    """The loose bound: against what was there before quantisation."""
+    x = torch.randn(64, 576)
+    got = fp8.unpack(fp8.pack(x))
+    compare("values", got, x, abs_tol=4.0 / 448 / 8, rel_tol=1 / 16 + 1e-6, cos_tol=1e-3)

@@ -1,0 +1,185 @@
+"""Sparse prefill, the indexer and top-k as public operations."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from cases import SPARSE_DECODE_CASES, SPARSE_PREFILL_CASES, to_numpy
+
+import flashmla
+from flashmla.lab.check import assert_lse_close, assert_out_close
+from flashmla.reference import dsa as reference
+
+
+@pytest.fixture(autouse=True)
+def _no_value_checks(monkeypatch):
+    monkeypatch.delenv("FLASHMLA_CHECK", raising=False)
+
+
+@pytest.mark.parametrize("case", SPARSE_PREFILL_CASES[:3], ids=lambda c: c.name)
+def test_sparse_prefill(case):
+    x = case.build()
+    out, max_logits, lse = flashmla.flash_mla_sparse_fwd(
+        x.q, x.kv, x.indices, x.scale, attn_sink=x.attn_sink, topk_length=x.topk_length
+    )
+    want_out, want_max, want_lse = x.expected()
+    assert_out_close(out, want_out)
+    assert_lse_close(max_logits, want_max)
+    assert_lse_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("case", SPARSE_DECODE_CASES[5:7], ids=lambda c: c.name)
+def test_sparse_decode(case):
+    x = case.build()
+    plan, _ = flashmla.get_mla_metadata()
+    for _ in range(2):
+        out, lse = flashmla.flash_mla_with_kvcache(
+            x.q, x.k_cache, None, None, 512, plan, None, None, False, True, x.indices,
+            x.attn_sink, None, None, x.topk_length,
+        )  # fmt: skip
+        want_out, want_lse = x.expected()
+        assert_out_close(out, want_out)
+        assert_lse_close(lse, want_lse)
+
+
+def test_index_score_choose_attend():
+    """The stages together: the indexer's scores, the top-k in cache coordinates, attention."""
+    torch.manual_seed(3)
+    lengths = torch.tensor([200, 70], dtype=torch.int32)
+    index_cache = torch.zeros(8, 64, 1, 132, dtype=torch.uint8)
+    codes = torch.randn(8, 64 * 128).to(torch.float8_e4m3fn).view(torch.uint8)
+    index_cache.view(8, -1)[:, :8192] = codes
+    index_cache.view(8, -1)[:, 8192:] = torch.rand(8, 64).view(torch.uint8)
+    table = torch.randperm(8).view(2, 4).int()
+    q = torch.randn(2, 1, 4, 128).to(torch.float8_e4m3fn)
+    weights = torch.rand(2, 4)
+    logits = flashmla.indexer_logits_paged(q, index_cache, weights, table, lengths)
+    indices = flashmla.topk(logits[:, 0], 100, lengths, table)
+    arrays = [to_numpy(x) for x in (q, index_cache, weights[:, None], table, lengths)]
+    want = reference.topk(
+        reference.indexer_logits_paged(*arrays)[:, 0], 100, arrays[4], to_numpy(table)
+    )
+    np.testing.assert_array_equal(indices.numpy(), want)
+
+    kv = (torch.randn(8, 64, 1, 576) * 0.1).bfloat16()
+    query = (torch.randn(2, 1, 16, 576) * 10).bfloat16()
+    out, lse = flashmla.flash_mla_with_kvcache(
+        query, kv, None, None, 512, None, indices=indices[:, None]
+    )
+    want_out, want_lse = reference.sparse_decode(
+        to_numpy(query), to_numpy(kv), want[:, None], 512, 576**-0.5
+    )
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+
+
+def test_arguments_stand_in_flashmlas_order():
+    names = "q kv indices sm_scale d_v attn_sink topk_length"
+    assert " ".join(inspect.signature(flashmla.flash_mla_sparse_fwd).parameters) == names
+
+
+def prefill(**changes):
+    x = SPARSE_PREFILL_CASES[0].build()
+    given = dict(q=x.q, kv=x.kv, indices=x.indices, sm_scale=x.scale)
+    changed = {k: v(x) if callable(v) else v for k, v in changes.items()}
+    return flashmla.flash_mla_sparse_fwd(**(given | changed))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"q": lambda x: x.q[None]},
+            ValueError,
+            r"q must have 3 dimensions \[s_q, h_q, d_qk], got",
+        ),
+        ({"q": lambda x: x.q[..., :500]}, ValueError, "q must have head size 576 or 512, got 500"),
+        ({"kv": lambda x: x.kv[..., :512]}, ValueError, r"kv must have shape .* = \[any, 1, 576]"),
+        ({"kv": lambda x: x.kv.half()}, TypeError, "kv must be of dtype bfloat16, got float16"),
+        ({"indices": lambda x: x.indices[:3]}, ValueError, r"\[s_q, 1, topk] = \[10, 1, any], got"),
+        ({"d_v": 256}, ValueError, "d_v must be 512, the only one supported, got 256"),
+        ({"attn_sink": torch.zeros(1)}, ValueError, r"attn_sink must have shape \[h_q] = \[16]"),
+        ({"topk_length": torch.zeros(2).int()}, ValueError, r"topk_length must have shape \[s_q]"),
+    ],
+)
+def test_bad_prefill_input(changes, error, message):
+    with pytest.raises(error, match=message):
+        prefill(**changes)
+
+
+CODES = torch.zeros(3, 4, 128).to(torch.float8_e4m3fn)
+KEYS = torch.zeros(5, 128).to(torch.float8_e4m3fn)
+BOUNDS = torch.zeros(3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "error", "message"),
+    [
+        (0, CODES.float(), TypeError, "q must be of dtype float8_e4m3fn, got float32"),
+        (0, CODES[..., :64], ValueError, r"q must have shape \[s_q, h, 128], got \[3, 4, 64]"),
+        (1, KEYS[:, :64], ValueError, r"k must have shape \[s_kv, 128] = \[any, 128], got"),
+        (2, torch.ones(4), ValueError, r"k_scale must have shape \[s_kv] = \[5], got \[4]"),
+        (3, torch.ones(3, 5), ValueError, r"weights must have shape \[s_q, h] = \[3, 4], got"),
+        (4, BOUNDS.long(), TypeError, "start must be of dtype int32, got int64"),
+        (5, BOUNDS[:1], ValueError, r"end must have shape \[s_q] = \[3], got \[1]"),
+    ],
+)
+def test_bad_indexer_input(place, value, error, message):
+    given = [CODES, KEYS, torch.ones(5), torch.ones(3, 4), BOUNDS, BOUNDS]
+    flashmla.indexer_logits(*given)
+    given[place] = value
+    with pytest.raises(error, match=message):
+        flashmla.indexer_logits(*given)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "error", "message"),
+    [
+        (0, CODES, ValueError, r"q must have 4 dimensions \[b, s_q, h, 128], got 3"),
+        (1, torch.zeros(6, 32, 1, 132).byte(), ValueError, r"\[any, 64, 1, 132], got \[6, 32, 1"),
+        (2, torch.ones(2, 4), ValueError, r"weights must have 3 dimensions \[b, s_q, h], got 2"),
+        (3, torch.zeros(1, 2).int(), ValueError, r"block_table must have shape .* = \[3, any]"),
+        (4, torch.zeros(3), TypeError, "lengths must be of dtype int32, got float32"),
+    ],
+)
+def test_bad_paged_indexer_input(place, value, error, message):
+    cache, table = torch.zeros(6, 64, 1, 132).byte(), torch.zeros(3, 2).int()
+    given = [CODES[:, None], cache, torch.ones(3, 1, 4), table, BOUNDS]
+    assert flashmla.indexer_logits_paged(*given).shape == (3, 1, 128)
+    given[place] = value
+    with pytest.raises(error, match=message):
+        flashmla.indexer_logits_paged(*given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(3), 2), ValueError, r"logits must have 2 dimensions \[rows, n], got 1"),
+        ((torch.zeros(3, 9).half(), 2), TypeError, "logits must be of dtype float32, got float16"),
+        ((torch.zeros(3, 9), -1), ValueError, "k must be at least 0, got -1"),
+        ((torch.zeros(3, 9), 2, BOUNDS[:2]), ValueError, r"lengths must have shape \[rows] = \[3]"),
+        ((torch.zeros(3, 9), 2, None, torch.zeros(3, 2).int(), 4), ValueError,
+         "block_table has 2 blocks of 4 tokens a row, too few for the 9 positions of logits"),
+    ],
+)  # fmt: skip
+def test_bad_topk_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        flashmla.topk(*arguments)
+
+
+def test_values_are_checked_when_asked_for(monkeypatch):
+    lengths = torch.tensor([3, 10, 9], dtype=torch.int32)
+    flashmla.topk(torch.zeros(3, 9), 2, lengths)
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    with pytest.raises(ValueError, match=r"lengths\[1] is 10, but a length must be from 0 to 9"):
+        flashmla.topk(torch.zeros(3, 9), 2, lengths)
+    with pytest.raises(
+        ValueError, match=r"end\[2] is 6, but a token's position must be from 0 to 5"
+    ):
+        end = torch.tensor([0, 0, 6], dtype=torch.int32)
+        flashmla.indexer_logits(CODES, KEYS, torch.ones(5), torch.ones(3, 4), BOUNDS, end)
+    with pytest.raises(ValueError, match=r"topk_length\[3] is 101"):
+        prefill(topk_length=torch.full((10,), 7).index_fill(0, torch.tensor(3), 101).int())
