@@ -21,6 +21,7 @@ __all__ = [
     "check_dtype",
     "check_int",
     "check_last_dim_contiguous",
+    "check_number",
     "check_page_strides",
     "check_range",
     "check_shape",
@@ -116,6 +117,13 @@ def check_int(name: str, value: object, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def check_number(name: str, value: object) -> float:
+    """A real number of Python's or NumPy's; a tensor would have to be read from its device."""
+    if isinstance(value, (bool, str, torch.Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def check_bool(name: str, value: object) -> bool:

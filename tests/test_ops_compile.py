@@ -44,6 +44,18 @@ def test_dense_decode_with_both_forms_of_the_plan():
         assert_same(compiled(function)(*arguments), function(*arguments))
 
 
+def test_rescheduling_in_place():
+    lengths = torch.tensor([640, 5], dtype=torch.int32)
+    plan = flashmla.get_mla_metadata(lengths, 16, 1)
+
+    def reschedule(lengths):
+        return flashmla.get_mla_metadata(lengths + 100, 16, 1, out=plan)
+
+    got = compiled(reschedule)(lengths)
+    assert all(x is y for x, y in zip(got, plan, strict=True))
+    assert_same(plan, flashmla.get_mla_metadata(lengths + 100, 16, 1))
+
+
 def test_prefill_with_gradients():
     x = PREFILL_CASES[1].build()
 

@@ -112,6 +112,16 @@ def test_out_is_rewritten_in_place():
         np.testing.assert_array_equal(got.numpy(), want)
 
 
+def test_no_gradients():
+    """Whoever decodes with weights that want gradients gets plain results, and no error."""
+    given = arguments(q=lambda x: x.q.float().requires_grad_(), k_cache=lambda x: x.k_cache.float())
+    out, lse = call(given)
+    assert not out.requires_grad and not lse.requires_grad
+    indices = torch.arange(20).view(2, 2, 5).int()
+    out, _ = call(given | {"indices": indices, "k_cache": given["k_cache"].nan_to_num()})
+    assert not out.requires_grad
+
+
 def test_empty_batch():
     given = arguments(
         q=lambda x: x.q[:0], block_table=lambda x: x.block_table[:0],
@@ -119,6 +129,8 @@ def test_empty_batch():
     )  # fmt: skip
     out, lse = call(given)
     assert out.shape == (0, 2, 4, 512) and lse.shape == (0, 4, 2) and lse.dtype == torch.float32
+    metadata, num_splits = flashmla.get_mla_metadata(torch.empty(0, dtype=torch.int32), 8, 1)
+    assert metadata.shape == (132, 8) and not metadata.any() and num_splits.tolist() == [0]
 
 
 BAD_DENSE = [
@@ -166,6 +178,8 @@ BAD_DENSE = [
     ({"num_splits": torch.zeros(6, dtype=torch.int32)}, ValueError,
      "num_splits has 6 entries, a plan for batch size 5, but the batch size is 2"),
     ({"num_splits": lambda x: x.num_splits.long()}, TypeError, "num_splits must be of dtype int32"),
+    ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a number, got str"),
+    ({"softmax_scale": torch.tensor(1.0)}, TypeError, "softmax_scale must be a number, got Tensor"),
     ({"causal": 1}, TypeError, "causal must be True or False, got int 1"),
     ({"is_fp8_kvcache": True}, ValueError, "is_fp8_kvcache=True needs indices"),
     ({"attn_sink": torch.zeros(4)}, ValueError, "attn_sink must be None without indices"),
@@ -183,6 +197,9 @@ def test_bad_dense_input(changes, error, message):
 
 BAD_SPARSE = [
     ({"causal": True}, ValueError, "causal must be False with indices"),
+    ({"tile_scheduler_metadata": torch.zeros(9, 8).int(), "num_splits": torch.zeros(4).int()},
+     ValueError, "num_splits has 4 entries, a plan for batch size 3, but the batch size is 2"),
+    ({"tile_scheduler_metadata": torch.zeros(9, 8).int()}, TypeError, "num_splits must be a torch"),
     ({"indices": lambda x: x.indices[:, :1]}, ValueError,
      r"indices must have shape \[b, s_q, topk] = \[2, 2, any], got \[2, 1, 100]"),
     ({"indices": lambda x: x.indices.long()}, TypeError,
@@ -219,6 +236,7 @@ BAD_METADATA = [
     ((SEQLENS, 0, 1), {}, ValueError, "num_q_tokens_per_head_k must be at least 1, got 0"),
     ((SEQLENS, 1, -2), {}, ValueError, "num_heads_k must be at least 1, got -2"),
     ((SEQLENS, 1.0, 1), {}, TypeError, "num_q_tokens_per_head_k must be an int, got float"),
+    ((SEQLENS, True, 1), {}, TypeError, "num_q_tokens_per_head_k must be an int, got bool"),
     ((SEQLENS, 1, 1), {"topk": -1}, ValueError, "topk must be at least 0, got -1"),
     ((), {"out": ()}, TypeError, "out needs cache_seqlens"),
     ((SEQLENS, 1, 1), {"out": SEQLENS}, TypeError, "out must be the tuple"),

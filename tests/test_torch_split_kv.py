@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashmla.lab.check import assert_lse_close, assert_out_close
 from flashmla.reference import split_kv as reference
@@ -62,3 +64,18 @@ def test_combine_is_merging_one_by_one():
         assert_out_close(out[request], want_out)
         assert_lse_close(lse[request], np.where(want_lse == -INF, INF, want_lse))
     assert lse[3, 1] == INF and not out[3, 1].any()
+
+
+ANY_LSE = st.floats(-60, 60, width=32) | st.sampled_from([INF, -INF])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(ANY_LSE, st.floats(-2, 2, width=32)), min_size=3, max_size=3))
+def test_merging_is_associative_and_commutative(states):
+    a, b, c = ((torch.tensor([[x]]), torch.tensor([lse])) for lse, x in states)
+    left = split_kv.merge_state(*split_kv.merge_state(*a, *b), *c)
+    right = split_kv.merge_state(*a, *split_kv.merge_state(*b, *c))
+    swapped = split_kv.merge_state(*c, *split_kv.merge_state(*b, *a))
+    for other in (right, swapped):
+        torch.testing.assert_close(left[0], other[0], atol=2e-6, rtol=0)
+        torch.testing.assert_close(left[1], other[1], atol=1e-5, rtol=0)

@@ -8,6 +8,7 @@ from torch import Tensor
 from flashmla.checks import (
     check_block_table,
     check_int,
+    check_number,
     check_page_strides,
     check_range,
     check_shape,
@@ -209,6 +210,7 @@ def flash_mla_sparse_fwd(
     check_shape("kv", kv, (None, 1, d_qk), "[s_kv, 1, d_qk]")
     check_tensor("indices", indices, "[s_q, 1, topk]", (torch.int32,), q.device)
     check_shape("indices", indices, (s_q, 1, None), "[s_q, 1, topk]")
+    scale = check_number("sm_scale", sm_scale)
     if check_int("d_v", d_v, 1) != 512:
         raise ValueError(f"d_v must be 512, the only one supported, got {d_v}")
     _check_sink(attn_sink, h_q, q.device)
@@ -217,7 +219,7 @@ def flash_mla_sparse_fwd(
         check_shape("topk_length", topk_length, (s_q,), "[s_q]")
         if values_wanted():
             check_range("topk_length", topk_length, 0, indices.shape[2], "a number of indices")
-    return _sparse_prefill(q, kv, indices, float(sm_scale), d_v, attn_sink, topk_length)
+    return _sparse_prefill(q, kv, indices, scale, d_v, attn_sink, topk_length)
 
 
 def _check_sink(attn_sink: Tensor | None, h_q: int, device: torch.device) -> None:

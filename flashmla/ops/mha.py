@@ -11,6 +11,7 @@ from flashmla import backend
 from flashmla.checks import (
     check_bool,
     check_int,
+    check_number,
     check_shape,
     check_tensor,
     float_dtypes,
@@ -160,7 +161,11 @@ def flash_attn_varlen_func(
     longest_kv = check_int("max_seqlen_kv", max_seqlen_kv, 0)
     check_bool("causal", causal)
     check_bool("deterministic", deterministic)
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = (
+        q.shape[2] ** -0.5
+        if softmax_scale is None
+        else check_number("softmax_scale", softmax_scale)
+    )
     if values_wanted():
         _check_prefix_sums("cu_seqlens_qo", cu_seqlens_qo, q.shape[0], "max_seqlen_qo", longest_q)
         _check_prefix_sums("cu_seqlens_kv", cu_seqlens_kv, k.shape[0], "max_seqlen_kv", longest_kv)

@@ -9,6 +9,7 @@ from flashmla.checks import (
     check_block_table,
     check_bool,
     check_int,
+    check_number,
     check_page_strides,
     check_shape,
     check_tensor,
@@ -76,7 +77,8 @@ def flash_mla_with_kvcache(
     Keys and values are the same 576 numbers a token: all of them are the key, the first 512 the
     value. Nothing beyond a length, in an unused page, behind index -1 or out of range is read into
     a result, NaN included. A block number out of range within the length is the caller's
-    mistake: nothing outside the cache is read, and the result is unspecified.
+    mistake: nothing outside the cache is read, and the result is unspecified. The results carry
+    no gradients.
 
     Args:
         q: [b, s_q, h_q, 576], bfloat16 or float16; float32 on CPU tensors as well.
@@ -91,7 +93,7 @@ def flash_mla_with_kvcache(
         head_dim_v: 512.
         tile_scheduler_metadata: the plan of :func:`get_mla_metadata` for these lengths, in either
             form: int32 [parts, 8], or the object, which the first call fills in. A sparse call
-            takes None as well.
+            takes None as well, and reads no plan.
         num_splits: int32 [b + 1], the plan's second tensor; None with the object.
         softmax_scale: what scores are multiplied by; 576 ** -0.5 unless given.
         causal: dense only. Query i of s_q sees the keys at positions up to
@@ -132,12 +134,13 @@ def flash_mla_with_kvcache(
     check_bool("causal", causal)
     check_bool("is_fp8_kvcache", is_fp8_kvcache)
     _check_query(q, head_dim_v)
-    scale = HEAD_DIM_QK**-0.5 if softmax_scale is None else float(softmax_scale)
+    scale = (
+        HEAD_DIM_QK**-0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale)
+    )
     if indices is not None:
         if causal:
             raise ValueError("causal must be False with indices: they say what each query sees")
-        if isinstance(tile_scheduler_metadata, SplitPlan):
-            tile_scheduler_metadata.serve(q.shape[0], sparse=True)
+        _check_sparse_plan(tile_scheduler_metadata, num_splits, q)
         return dsa.sparse_decode(
             q, k_cache, indices, head_dim_v, scale, is_fp8_kvcache, attn_sink, topk_length
         )
@@ -149,6 +152,18 @@ def flash_mla_with_kvcache(
     return _checked_dense_decode(
         q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, scale, causal
     )
+
+
+def _check_sparse_plan(
+    plan: Tensor | SplitPlan | None, num_splits: Tensor | None, q: Tensor
+) -> None:
+    """A sparse call needs no plan; one that is given has to be of the batch, all the same."""
+    if isinstance(plan, SplitPlan):
+        plan.serve(q.shape[0], sparse=True)
+    elif plan is not None:
+        check_plan_tensors(
+            "tile_scheduler_metadata", plan, "num_splits", num_splits, q.shape[0], q.device
+        )
 
 
 def _check_query(q: object, head_dim_v: object) -> None:

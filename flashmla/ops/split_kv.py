@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import torch
 from torch import Tensor
 
 from flashmla import backend, schedule
-from flashmla.checks import check_device, check_int, check_shape, check_tensor, values_wanted
+from flashmla.checks import (
+    check_device,
+    check_int,
+    check_range,
+    check_shape,
+    check_tensor,
+    values_wanted,
+)
 from flashmla.ops.library import define
 
 __all__ = ["SplitPlan", "get_mla_metadata", "merge_state"]
 
 
-@dataclass
+@dataclass(eq=False)
 class SplitPlan:
     """A split plan that the first :func:`flash_mla_with_kvcache` call fills in.
 
@@ -31,10 +38,10 @@ class SplitPlan:
 
     tile_scheduler_metadata: Tensor | None = None
     num_splits: Tensor | None = None
-    _batch: int | None = None
-    _sparse: bool = False
-    _seqlens: weakref.ref[Tensor] | None = None
-    _seqlens_version: int = -1
+    _batch: int | None = field(default=None, init=False, repr=False)
+    _sparse: bool = field(default=False, init=False, repr=False)
+    _seqlens: weakref.ref[Tensor] | None = field(default=None, init=False, repr=False)
+    _seqlens_version: int = field(default=-1, init=False, repr=False)
 
     def serve(self, batch: int, sparse: bool) -> None:
         """Claims the plan for calls of one batch size and kind; refuses any other.
@@ -179,14 +186,24 @@ def get_mla_metadata(
     check_tensor("cache_seqlens", cache_seqlens, "[b]", (torch.int32,))
     rows = check_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
     heads = check_int("num_heads_k", num_heads_k, 1)
+    if values_wanted():
+        check_range("cache_seqlens", cache_seqlens, 0, 2**31 - 1, "a length")
     if topk is not None:
         cache_seqlens = torch.full_like(cache_seqlens, check_int("topk", topk, 0))
     parts = schedule.num_parts(rows, heads, num_sms(cache_seqlens.device))
+    if out is not None:
+        _check_out(out, parts, cache_seqlens)
+    if cache_seqlens.shape[0] == 0:
+        plan = out or _fake_get_metadata(cache_seqlens, parts)
+        return plan[0].zero_(), plan[1].zero_()
     if out is None:
         metadata, num_splits = _get_metadata(cache_seqlens, parts)
         return metadata, num_splits
-    _check_out(out, parts, cache_seqlens)
-    backend.call("split_kv.get_metadata", cache_seqlens.device, cache_seqlens, parts, out)
+    if torch.compiler.is_compiling():
+        for tensor, fresh in zip(out, _get_metadata(cache_seqlens, parts), strict=True):
+            tensor.copy_(fresh)
+    else:
+        backend.call("split_kv.get_metadata", cache_seqlens.device, cache_seqlens, parts, out)
     return out
 
 
@@ -278,6 +295,8 @@ def merge_state(
                 f"{name} must have out_a's shape without its last dimension, "
                 f"{list(out_a.shape[:-1])}, got {list(lse.shape)}"
             )
+    if lse_a.numel() == 0:
+        return torch.empty_like(out_a), torch.empty_like(lse_a)
     out, lse = _merge_state(out_a, lse_a, out_b, lse_b)
     return out, lse
 

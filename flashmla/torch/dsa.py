@@ -18,6 +18,7 @@ _BATCH_SCORES = 1 << 23  # indexer scores, one a head, held at a time
 _INF = float("inf")
 
 
+@torch.no_grad()
 def sparse_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -49,6 +50,7 @@ def sparse_decode(
     return out.to(q.dtype), lse.view(b, s_q, h_q).transpose(1, 2).contiguous()
 
 
+@torch.no_grad()
 def sparse_prefill(
     q: Tensor,
     kv: Tensor,
@@ -111,6 +113,7 @@ def _apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor | None) -> Tensor:
     return out * share.unsqueeze(-1)
 
 
+@torch.no_grad()
 def indexer_logits(
     q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, start: Tensor, end: Tensor
 ) -> Tensor:
@@ -130,6 +133,7 @@ def indexer_logits(
     return logits
 
 
+@torch.no_grad()
 def indexer_logits_paged(
     q: Tensor, cache: Tensor, weights: Tensor, block_table: Tensor, lengths: Tensor
 ) -> Tensor:
@@ -140,7 +144,7 @@ def indexer_logits_paged(
     logits = torch.full((b, s_q, width), -_INF, device=q.device)
     for request, length in enumerate(lengths.clamp(0, width if blocks else 0).tolist()):
         used = block_table[request, : -(-length // page)].long().clamp(0, blocks - 1)
-        pages = cache[used].view(torch.uint8).flatten(1)
+        pages = cache.view(torch.uint8)[used].flatten(1)
         codes = pages[:, : page * d].view(torch.float8_e4m3fn).reshape(-1, d)[:length]
         scales = pages[:, page * d :].contiguous().view(torch.float32).flatten()[:length]
         end = length - s_q + 1 + torch.arange(s_q, device=q.device)
@@ -150,6 +154,7 @@ def indexer_logits_paged(
     return logits
 
 
+@torch.no_grad()
 def topk(
     logits: Tensor, k: int, lengths: Tensor | None, block_table: Tensor | None, page: int
 ) -> Tensor:

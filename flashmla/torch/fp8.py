@@ -18,6 +18,7 @@ from flashmla.fp8 import (
 __all__ = ["append", "pack", "unpack"]
 
 
+@torch.no_grad()
 def pack(x: Tensor, power_of_two: bool) -> Tensor:
     """[tokens, 576] -> uint8 [tokens, 656]."""
     tiles = x[:, :NOPE_DIM].float().view(-1, NOPE_DIM // TILE_DIM, TILE_DIM)
@@ -38,6 +39,7 @@ def _round_up_to_power_of_two(scales: Tensor) -> Tensor:
     return ((bits + 0x007FFFFF) & 0x7F800000).view(torch.float32)
 
 
+@torch.no_grad()
 def unpack(cache: Tensor) -> Tensor:
     """[..., 656] of one-byte elements -> float32 [..., 576]."""
     cache = cache.view(torch.uint8)
@@ -48,6 +50,7 @@ def unpack(cache: Tensor) -> Tensor:
     return torch.cat([values.flatten(-2), rope], dim=-1)
 
 
+@torch.no_grad()
 def append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
     """Write packed tokens into the slots of a cache [blocks, page, 1, 656], in place."""
     blocks, page = cache.shape[:2]

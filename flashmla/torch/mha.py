@@ -16,6 +16,7 @@ _KEYS = 512  # keys in a block
 _INF = float("inf")
 
 
+@torch.no_grad()
 def forward(
     q: Tensor,
     k: Tensor,
@@ -47,6 +48,7 @@ def forward(
     return out, lse.masked_fill_(lse == -_INF, _INF)
 
 
+@torch.no_grad()
 def backward(
     d_out: Tensor,
     q: Tensor,

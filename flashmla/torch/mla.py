@@ -17,6 +17,7 @@ _BLOCK = 1024  # keys that one step of the online softmax takes
 _BATCH_KEYS = 16384  # keys gathered at a time, over all the splits worked on together
 
 
+@torch.no_grad()
 def dense_decode(
     q: Tensor,
     k_cache: Tensor,

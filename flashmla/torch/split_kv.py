@@ -12,6 +12,7 @@ __all__ = ["combine", "get_metadata", "merge_state"]
 _INF = float("inf")
 
 
+@torch.no_grad()
 def get_metadata(
     cache_seqlens: Tensor, parts: int, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -52,6 +53,7 @@ def get_metadata(
     return metadata, num_splits
 
 
+@torch.no_grad()
 def merge_state(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
