@@ -46,8 +46,8 @@ def expect_close(what: str, got: Any, want: Any, tol: float = 1e-9, hint: str = 
     finite = np.isfinite(want)
     if not np.array_equal(got[~finite], want[~finite], equal_nan=True):
         raise AssertionError(f"{what}: expected {want[~finite][0]}, got {_first(got, ~finite)}")
-    error = np.abs(got - np.where(finite, want, 0.0)) * finite / np.maximum(1.0, np.abs(want))
-    error = np.where(finite, error, 0.0)
+    near, far = np.where(finite, got, 0.0), np.where(finite, want, 0.0)
+    error = np.abs(near - far) / np.maximum(1.0, np.abs(far))
     if not error.max(initial=0.0) <= tol:
         at = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape)
         place = f" at {[int(i) for i in at]}" if at else ""
