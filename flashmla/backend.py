@@ -105,6 +105,8 @@ def call(op: str, device: torch.device, *args: Any) -> Any:
     """
     tier, function, _ = _select(op, device, args)
     served = calls.setdefault(op, {})
+    if tier not in served:
+        _note_first(op, tier)
     served[tier] = served.get(tier, 0) + 1
     _last[op] = tier
     return function(*args)
@@ -259,6 +261,14 @@ def _log_once(op: str, tier: str, refused: list[tuple[str, str]]) -> None:
         if key not in _logged:
             _logged.add(key)
             _log.warning("%s runs on the %s tier: the %s tier %s", op, tier, other, why)
+
+
+def _note_first(op: str, tier: str) -> None:
+    """Tells whoever started this process, in the file that ``FLASHMLA_TIER_LOG`` names."""
+    path = os.environ.get("FLASHMLA_TIER_LOG")
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{op} {tier}\n")
 
 
 def _reason(

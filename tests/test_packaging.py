@@ -252,6 +252,41 @@ def test_other_cards_demand_nothing(dev, monkeypatch, tmp_path: Path):
     assert "FLASHMLA_REQUIRE_TIER" not in dev.Run("system").environ()
 
 
+@pytest.mark.parametrize(
+    ("log", "required", "fine"),
+    [
+        ("mla.dense_decode torch\n", "", True),
+        ("mla.dense_decode torch\n", "cuda", False),
+        ("split_kv.merge_state cuda\n", "cuda", False),
+        ("mla.dense_decode torch\nmla.dense_decode cuda\n", "cuda", True),
+    ],
+)
+def test_card_whose_kernels_did_not_run_fails_the_run(
+    dev, monkeypatch, tmp_path: Path, log: str, required: str, fine: bool
+):
+    monkeypatch.setenv("FLASHMLA_REQUIRE_TIER", required)
+    (tmp_path / "log").write_text(log)
+    run = dev.Run("system")
+    assert dev.note_tiers(run, tmp_path / "log") is fine
+    op = log.split()[0]
+    assert any(line.split()[0] == op for line in run.lines if "served by" in line)
+
+
+def test_dispatcher_notes_who_served_once(monkeypatch, tmp_path: Path, dev):
+    import torch
+
+    from flashmla import backend, merge_state
+
+    log = tmp_path / "log"
+    monkeypatch.setenv("FLASHMLA_TIER_LOG", str(log))
+    monkeypatch.setattr(backend, "calls", {})
+    half = (torch.zeros(1, 2), torch.zeros(1))
+    for _ in range(3):
+        merge_state(*half, *half)
+    assert log.read_text() == "split_kv.merge_state torch\n"
+    assert dev.served(log) == {"split_kv.merge_state": ["torch"]}
+
+
 @pytest.mark.parametrize("answer", ["passed", "broke"])
 def test_canary_stops_a_run_that_cannot_see_failures(dev, monkeypatch, capsys, answer):
     result = {"passed": (0, "1 passed"), "broke": (4, "no kernel")}[answer]

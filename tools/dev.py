@@ -240,16 +240,27 @@ def kernels(run: Run) -> None:
     run.note(f"kernels: built for sm_90a, {time.monotonic() - begun:.0f} s (objects are cached)")
 
 
-def tier_lines(run: Run) -> None:
-    """Which tier each operation takes here, for the summary."""
-    found = subprocess.run(
-        [run.python, "-m", "flashmla", "doctor", "--tiers"],
-        cwd=ROOT, env=run.environ(), capture_output=True, text=True,
-    )  # fmt: skip
+def served(log: Path) -> dict[str, list[str]]:
+    """Operation -> the tiers that served it, from the log that the dispatcher keeps."""
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+    found: dict[str, list[str]] = {}
+    for op, tier in sorted({(line.split()[0], line.split()[1]) for line in lines}):
+        found.setdefault(op, []).append(tier)
+    return found
+
+
+def note_tiers(run: Run, log: Path) -> bool:
+    """Which tier served what, for the summary; False if Hopper's kernels were due and did not."""
     cards = card_field("name,driver_version")
     run.note(f"machine: {cards[0] if cards else 'no NVIDIA card'}")
-    for line in found.stdout.splitlines() if found.returncode == 0 else []:
-        run.note(line)
+    tiers = served(log)
+    for op, names in tiers.items():
+        run.note(f"  {op:26s} served by {', '.join(names)}")
+    due = run.environ().get("FLASHMLA_REQUIRE_TIER") == "cuda"
+    if due and "cuda" not in tiers.get("mla.dense_decode", []):
+        run.note("the Hopper kernel of mla.dense_decode was due, and did not run")
+        return False
+    return True
 
 
 def counts(path: Path) -> dict[str, int]:
@@ -269,16 +280,24 @@ def counts(path: Path) -> dict[str, int]:
     }
 
 
-def pytest(run: Run, name: str, arguments: Sequence[str]) -> None:
-    """Runs pytest, leaves its counts where CI picks them up, and ends the command if it failed."""
+def pytest(run: Run, name: str, options: Sequence[str], arguments: Sequence[str]) -> NoReturn:
+    """Runs pytest, leaves its counts where CI picks them up, and ends the command.
+
+    A whole run (one without arguments of the caller's) that did not use the card's kernels where
+    they are due has failed, whatever its tests say.
+    """
     LOGS.mkdir(parents=True, exist_ok=True)
-    report = LOGS / f"{name}.xml"
-    report.unlink(missing_ok=True)
-    code = run.call("-m", "pytest", f"--junitxml={report}", *arguments, check=False)
+    report, log = LOGS / f"{name}.xml", LOGS / f"{name}.tiers"
+    for stale in (report, log):
+        stale.unlink(missing_ok=True)
+    os.environ["FLASHMLA_TIER_LOG"] = str(log)
+    command = ["-m", "pytest", f"--junitxml={report}", *options, *arguments]
+    code = run.call(*command, check=False)
     result = counts(report)
     (LOGS / f"{name}.json").write_text(json.dumps(result))
     run.note(f"{name}: " + ", ".join(f"{number} {what}" for what, number in result.items()))
-    tier_lines(run)
+    if not note_tiers(run, log) and not arguments:
+        code = code or 1
     if code == 0 and result["passed"] == 0:
         run.note(f"{name}: nothing passed, so nothing was shown")
         code = 1
@@ -333,7 +352,7 @@ def command_test(run: Run, arguments: list[str]) -> None:
     environment(run, "test")
     kernels(run)
     run.step("tests")
-    pytest(run, "tests", ["--durations=8", *arguments])
+    pytest(run, "tests", ["--durations=8"], arguments)
 
 
 def command_notebooks(run: Run, arguments: list[str]) -> None:
@@ -343,8 +362,8 @@ def command_notebooks(run: Run, arguments: list[str]) -> None:
     lesson_model(run)
     run.step("notebooks")
     where = [] if any(name.endswith(".ipynb") for name in arguments) else ["notebooks"]
-    options = ["--nbmake", "--nbmake-timeout=900", "-v", "--durations=0"]
-    pytest(run, "notebooks", [*options, *where, *arguments])
+    options = ["--nbmake", "--nbmake-timeout=900", "-v", "--durations=0", *where]
+    pytest(run, "notebooks", options, arguments)
 
 
 def command_lab(run: Run, arguments: list[str]) -> None:
