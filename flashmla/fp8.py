@@ -11,7 +11,7 @@ bytes      what
 A value is code * scale. The scale of a tile of 128 values is max(max|x|, 1e-4) / 448 in float32,
 rounded up to a power of two unless asked otherwise; any positive float32 is legal in the format. A
 code is the float32 quotient x / scale, clamped to +-448 and rounded to the nearest, ties to even.
-A tile that holds NaN becomes NaN as a whole.
+A tile that holds NaN or an infinity becomes NaN as a whole.
 """
 
 from __future__ import annotations

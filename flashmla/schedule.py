@@ -7,6 +7,10 @@ line is cut into pieces of equal length, one a part. A cut inside a request's ov
 to the request's start. So a part holds a range of (request, tile) pairs, and a long request is
 split over several parts, whose partial results are merged by their log-sum-exp.
 
+Splitting has a price: partial results are written in float32 and read again. Where moving every
+cut to the nearest start of a request leaves the longest part at most SLACK places longer than the
+equal share, the plan does that instead, and no request is split.
+
 Tiles have 64 tokens whatever the page size of the cache.
 """
 
@@ -17,13 +21,16 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CPU_NUM_SMS", "METADATA_COLUMNS", "OVERHEAD", "TILE", "num_parts", "plan"]
+__all__ = ["CPU_NUM_SMS", "METADATA_COLUMNS", "OVERHEAD", "SLACK", "TILE", "num_parts", "plan"]
 
 TILE = 64
 """Tokens in a tile."""
 
 OVERHEAD = 5
 """What starting a request costs, counted in tiles."""
+
+SLACK = 2 * OVERHEAD
+"""How much longer than the equal share a part may be, in tiles, for requests to stay whole."""
 
 CPU_NUM_SMS = 132
 """Streaming multiprocessors assumed for CPU tensors: an H100's, so that plans look the same."""
@@ -89,6 +96,12 @@ def plan(
     part = np.arange(parts + 1, dtype=np.int64)
     position = np.where(part < active, part * total // active, total)
     request = np.searchsorted(starts, position, side="right") - 1
+    before, after = starts[request], starts[np.minimum(request + 1, len(seqlens))]
+    nearest = np.where(after - position < position - before, after, before)
+    whole = np.diff(nearest).max() <= -(-total // active) + SLACK
+    if whole:
+        position = nearest
+        request = np.searchsorted(starts, position, side="right") - 1
     tile = np.maximum(0, position - starts[request] - OVERHEAD)
 
     def last_part_at_or_before(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -96,7 +109,7 @@ def plan(
 
     first = last_part_at_or_before(starts[:-1] + OVERHEAD)  # the part that holds tile 0
     last = last_part_at_or_before(starts[1:] - 1)
-    num_splits[1:] = np.cumsum(np.maximum(1, last - first + 1))
+    num_splits[1:] = np.cumsum(np.ones_like(first) if whole else np.maximum(1, last - first + 1))
 
     metadata[:, 0], metadata[:, 1] = request[:-1], tile[:-1]
     metadata[:, 2], metadata[:, 3] = request[1:], tile[1:]

@@ -48,11 +48,13 @@ def test_sparse_prefill(case):
 
 
 @pytest.mark.parametrize("sink", [INF, -INF])
-def test_a_sink_without_bounds(sink):
-    x = SPARSE_PREFILL_CASES[0].build()
+@pytest.mark.parametrize("case", [SPARSE_PREFILL_CASES[0], SPARSE_PREFILL_CASES[2]], ids=case_id)
+def test_a_sink_without_bounds(case, sink):
+    x = case.build()
     sinks = torch.full((16,), sink)
-    plain, _, want_lse = dsa.sparse_prefill(x.q, x.kv, x.indices, x.scale, 512, None, None)
-    out, _, lse = dsa.sparse_prefill(x.q, x.kv, x.indices, x.scale, 512, sinks, None)
+    arguments = (x.q, x.kv, x.indices, x.scale, 512)
+    plain, _, want_lse = dsa.sparse_prefill(*arguments, None, x.topk_length)
+    out, _, lse = dsa.sparse_prefill(*arguments, sinks, x.topk_length)
     assert torch.equal(out, plain if sink == -INF else torch.zeros_like(plain))
     assert torch.equal(lse, want_lse)
 

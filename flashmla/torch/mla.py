@@ -104,11 +104,11 @@ def _batches(splits: list[Split]) -> Iterator[list[Split]]:
 def _gather(k_cache: Tensor, block_table: Tensor, position: Tensor, valid: Tensor) -> Tensor:
     """Keys at token positions [n, keys] of n block tables: [n, h_kv, keys, d_qk] in float32.
 
-    What is not valid is not read: it takes token 0 of page 0, and then zeros over it.
+    What is not valid is not read. The request's first token stands in for it, with weight zero: it
+    is within the length, and so brings in no NaN that is not in the result anyway.
     """
     num_blocks, page = k_cache.shape[:2]
     position = position.masked_fill(~valid, 0)
     block = block_table.gather(1, position // page).long()
     block = block.clamp(0, num_blocks - 1)  # a caller's wrong block number stays inside the cache
-    keys = k_cache[block, position % page].float()
-    return keys.masked_fill_(~valid[..., None, None], 0.0).transpose(1, 2)
+    return k_cache[block, position % page].float().transpose(1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashmla.schedule import METADATA_COLUMNS, OVERHEAD, TILE
+from flashmla.schedule import METADATA_COLUMNS, OVERHEAD, SLACK, TILE
 
 __all__ = ["combine", "get_metadata", "merge_state"]
 
@@ -37,6 +37,11 @@ def get_metadata(
     part = torch.arange(parts + 1, device=device)
     position = torch.where(part < active, part * total // active, total)
     request = torch.searchsorted(starts, position, right=True) - 1
+    before, after = starts[request], starts[(request + 1).clamp(max=batch)]
+    nearest = torch.where(after - position < position - before, after, before)
+    whole = nearest.diff().amax() <= (total + active - 1) // active + SLACK
+    position = torch.where(whole, nearest, position)
+    request = torch.searchsorted(starts, position, right=True) - 1
     tile = (position - starts[request] - OVERHEAD).clamp(min=0)
 
     def last_part_at_or_before(place: Tensor) -> Tensor:
@@ -44,7 +49,7 @@ def get_metadata(
 
     first = last_part_at_or_before(starts[:-1] + OVERHEAD)  # the part that holds tile 0
     last = last_part_at_or_before(starts[1:] - 1)
-    num_splits[1:] = torch.cumsum((last - first + 1).clamp(min=1), 0)
+    num_splits[1:] = torch.cumsum((last - first + 1).clamp(min=1).masked_fill(whole, 1), 0)
 
     earlier_parts = part[:-1] - first[request[:-1].clamp(max=batch - 1)]
     metadata[:, 0], metadata[:, 1] = request[:-1], tile[:-1]
