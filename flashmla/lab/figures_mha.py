@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from flashmla.lab.figures import INK, PALE, TIER_COLOURS, canvas, style
@@ -18,11 +19,12 @@ def attention_maps(maps: np.ndarray, letters: str, title: str) -> Figure:
     ``letters`` are the s characters that stand at both axes.
     """
     h, s, _ = maps.shape
+    norm = PowerNorm(0.5, vmin=0, vmax=1)  # the square root: small weights are to be seen too
     shown = ["·" if letter.isspace() else letter for letter in letters]
     with style():
         figure, panels = canvas(2.55 * h, 2.9, columns=h)
         for head, axes in enumerate(panels):
-            axes.imshow(maps[head], cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(maps[head], cmap="magma_r", norm=norm, interpolation="nearest")
             axes.set_title(f"head {head}")
             axes.set_xticks(range(s), shown, fontsize=5.5)
             axes.set_yticks(range(s), shown if head == 0 else [], fontsize=5.5)
