@@ -45,7 +45,7 @@ lint:  ## ruff and mypy
 	$(DEV) lint
 
 clean:  ## removes what was built here, keeps .venv
-	rm -rf build dist book/_build book/stages book/measured .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf build dist book/_build book/stages book/generated .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and .venv too

@@ -101,6 +101,13 @@ def test_figures_of_a_cpu_are_not_shown(part, tmp_path: Path):
     assert "No card's results are recorded yet" in pages.benchmark_page([], tmp_path)
 
 
+def test_questions_of_readme_are_a_page(part):
+    page = part("generated_pages").questions_page((ROOT / "README.md").read_text(encoding="utf-8"))
+    levels = [line.split()[0] for line in page.splitlines() if line.startswith("#")]
+    assert levels[0] == "#" and set(levels[1:]) == {"##"} and len(levels) > 4
+    assert "\n## Is it paged only?\n" in page
+
+
 # ---- pages load nothing from elsewhere -------------------------------------------------------
 
 CLEAN = """<html><head><link rel="stylesheet" href="_static/a.css">

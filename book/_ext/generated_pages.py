@@ -1,4 +1,4 @@
-"""Pages that are made when the book is built: the stages' notebooks and the benchmark's tables."""
+"""Pages made when the book is built: the stages' notebooks, the measured tables, the questions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ROOT / "book" / "stages"
-MEASURED = ROOT / "book" / "measured"
+GENERATED = ROOT / "book" / "generated"
 
 NOT_EXECUTED = """```{note}
 This page shows the notebook as it is in the source: no copy executed on a card is there yet, so
@@ -78,11 +78,20 @@ def read_results(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return sorted((stem, file) for stem, file in files if not file.get("tiny"))
 
 
+def questions_page(readme: str) -> str:
+    """README's questions as a page of their own, one level up."""
+    begin, end = "<!-- questions: begin -->", "<!-- questions: end -->"
+    text = readme.split(begin)[1].split(end)[0]
+    return "# Questions people ask\n\n" + text.replace("\n### ", "\n## ").strip() + "\n"
+
+
 def generate(app: Any) -> None:
     write_stages(ROOT / "notebooks", ROOT / "book" / "executed", STAGES)
-    MEASURED.mkdir(exist_ok=True)
+    GENERATED.mkdir(exist_ok=True)
     results = read_results(ROOT / "benchmarks" / "results")
-    write_if_changed(MEASURED / "benchmarks.md", benchmark_page(results, MEASURED))
+    write_if_changed(GENERATED / "benchmarks.md", benchmark_page(results, GENERATED))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    write_if_changed(GENERATED / "questions.md", questions_page(readme))
 
 
 def setup(app: Any) -> dict[str, bool]:
