@@ -76,7 +76,9 @@ def test_every_tile_is_done_once_and_by_about_equal_parts(seqlens, parts):
         work.append(own)
     assert all((count == 1).all() for count in done)
     total = sum(tiles) + schedule.OVERHEAD * len(tiles)
-    assert max(work) <= -(-total // min(parts, total)) + schedule.OVERHEAD
+    split = num_splits[-1] > len(seqlens)
+    spare = schedule.OVERHEAD if split else schedule.SLACK
+    assert max(work) <= -(-total // min(parts, total)) + spare
     empty = sum(n == 0 for n in tiles)
     assert num_splits[-1] == len(slots) + empty <= len(seqlens) + parts
 
@@ -100,10 +102,20 @@ def test_empty_batch():
 
 
 def test_one_request_by_hand():
-    # 10 tiles and 5 of overhead over 3 parts: cuts at places 0, 5 and 10 of 15, tiles 0, 0 and 5.
+    # 20 tiles and 5 of overhead over 4 parts: cuts at places 0, 6, 12 and 18 of 25.
+    metadata, num_splits = schedule.plan([1280], 4)
+    rows = [[0, 0, 0, 1, 0], [0, 1, 0, 7, 1], [0, 7, 0, 13, 2], [0, 13, 1, 0, 3]]
+    assert metadata[:, :5].tolist() == rows
+    assert num_splits.tolist() == [0, 4]
+
+
+def test_a_request_stays_whole_by_hand():
+    # 10 tiles and 5 of overhead over 3 parts: one part of 15 places exceeds a share of 5 by no
+    # more than the slack of 10. The cuts at places 5 and 10 move to the ends, 0 and 15.
     metadata, num_splits = schedule.plan([640], 3)
-    assert metadata[:, :5].tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 5, 0], [0, 5, 1, 0, 1]]
-    assert num_splits.tolist() == [0, 2]
+    assert metadata[:, :5].tolist() == [[0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 1, 0, 0]]
+    assert num_splits.tolist() == [0, 1]
+    assert schedule.plan([705], 3)[1].tolist() == [0, 2]  # 17 places are one too many
 
 
 @pytest.mark.parametrize(
