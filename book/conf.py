@@ -44,9 +44,11 @@ napoleon_numpy_docstring = False
 html_theme = "sphinx_book_theme"
 html_title = "flashmla"
 html_static_path = ["_static"]
+html_css_files = ["book.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
+    "navbar_persistent": [],
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,

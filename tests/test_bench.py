@@ -127,6 +127,25 @@ def test_clock_tells_the_slow_side_from_the_fast():
     assert measured["slow"].clock == "wall" and measured["slow"].eager_us is None
 
 
+@pytest.mark.gpu
+def test_card_is_timed_by_replaying_a_graph():
+    device = torch.device("cuda")
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    timed = timing.measure({"copy": lambda _: target.copy_(source)}, 1, device, rounds=5)["copy"]
+    assert timed.clock == "graph" and timed.us is not None and timed.eager_us is not None
+    assert 100 < timed.us < 1000  # half a gigabyte moved, at 0.5 to 5 TB/s
+    assert timed.eager_us > 0.8 * timed.us and timed.host_us is not None and timed.host_us < 1000
+
+
+@pytest.mark.gpu
+def test_row_of_the_hopper_kernel():
+    case = Case("dense_decode", b=4, h_q=16, s_q=1, s_k=8192)
+    rows = run.measured_rows(case, torch.device("cuda"), rounds=3, with_peers=False)
+    assert [row["impl"] for row in rows] == ["flashmla-cuda", "flashmla-triton"]
+    assert rows[0]["clock"] == "graph" and all(row["error"] < 4e-3 for row in rows)
+
+
 # ---- roofline --------------------------------------------------------------------------------
 
 
