@@ -3,7 +3,9 @@
 //
 // All requests lie on one line: request r covers [C_r, C_{r+1}), C_{r+1} = C_r + overhead + tiles_r.
 // The line is cut into equal stretches, one a part. A cut that falls on a request's overhead moves
-// to the request's first tile, so a request is never split for less than a tile.
+// to the request's first tile, so a request is never split for less than a tile. Where moving every
+// cut to the nearest start of a request costs little balance, that is done, and nothing is split.
+#include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
 #include "../common/cuda_check.h"
@@ -15,9 +17,9 @@ namespace {
 
 constexpr int kThreads = 512;
 
-// Largest p < active whose position floor(p * line / active) is at most y.
-__device__ int last_part_at_or_before(int y, int active, int64_t line) {
-  const int64_t p = ((static_cast<int64_t>(y) + 1) * active - 1) / line;
+// Largest p < active whose position floor(p * length / active) is at most y.
+__device__ int last_part_at_or_before(int y, int active, int64_t length) {
+  const int64_t p = ((static_cast<int64_t>(y) + 1) * active - 1) / length;
   return static_cast<int>(p < active - 1 ? p : active - 1);
 }
 
@@ -27,18 +29,38 @@ struct Cut {
 };
 
 // region: cut
-// Where part p begins. starts[r] = C_r for r in [0, batch], starts[batch] = line.
-__device__ Cut cut_of(int p, int active, int64_t line, const int* starts, int batch) {
-  if (p >= active) return {batch, 0};
-  const int position = static_cast<int>(p * line / active);
-  int low = 0, high = batch;  // the request with starts[low] <= position < starts[low + 1]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (starts[middle] <= position ? low : high) = middle;
+// The line of all requests: starts[r] = C_r for r in [0, batch], starts[batch] = length.
+struct Line {
+  const int* starts;
+  int batch;
+  int length;
+  int active;  // parts that get anything: a part is at least one place long
+
+  __device__ int position(int p) const {
+    return p < active ? static_cast<int>(static_cast<int64_t>(p) * length / active) : length;
   }
-  const int tile = position - starts[low] - kStartOverhead;
-  return {low, tile > 0 ? tile : 0};
-}
+  // The request with starts[r] <= position < starts[r + 1]; batch at the line's end.
+  __device__ int request_at(int position) const {
+    int low = 0, high = batch + 1;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (starts[middle] <= position ? low : high) = middle;
+    }
+    return low;
+  }
+  // The start of a request that lies nearest, the earlier one of two.
+  __device__ int nearest_start(int position) const {
+    const int r = request_at(position);
+    const int before = starts[r];
+    const int after = starts[min(r + 1, batch)];
+    return after - position < position - before ? after : before;
+  }
+  __device__ Cut cut(int p, bool whole) const {
+    const int place = whole ? nearest_start(position(p)) : position(p);
+    const int r = request_at(place);
+    return {r, max(0, place - starts[r] - kStartOverhead)};
+  }
+};
 // endregion: cut
 
 // cache_seqlens [batch], plan [parts], num_splits [batch + 1]
@@ -46,7 +68,10 @@ __global__ void __launch_bounds__(kThreads)
     plan_kernel(const int* __restrict__ cache_seqlens, PlanRow* __restrict__ plan,
                 int* __restrict__ num_splits, int batch, int parts) {
   using Scan = cub::BlockScan<int, kThreads>;
+  using Reduce = cub::BlockReduce<int, kThreads>;
   __shared__ typename Scan::TempStorage scan_storage;
+  __shared__ typename Reduce::TempStorage reduce_storage;
+  __shared__ bool whole_shared;
 
   // Each thread owns a contiguous run of requests. num_splits holds C_r until its last use.
   const int per_thread = (batch + kThreads - 1) / kThreads;
@@ -55,8 +80,8 @@ __global__ void __launch_bounds__(kThreads)
 
   int sum = 0;
   for (int r = first; r < last; ++r) sum += kStartOverhead + tiles_of(cache_seqlens[r]);
-  int start, line;
-  Scan(scan_storage).ExclusiveSum(sum, start, line);
+  int start, length;
+  Scan(scan_storage).ExclusiveSum(sum, start, length);
   if (threadIdx.x == 0) num_splits[0] = 0;
   const int first_start = start;
   for (int r = first; r < last; ++r) {
@@ -65,13 +90,25 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  const int active = min(parts, line);
+  const int active = min(parts, length);
+  const Line line{num_splits, batch, length, active};
+  int longest = 0;
   for (int p = threadIdx.x; p < parts; p += kThreads) {
-    const Cut begin = cut_of(p, active, line, num_splits, batch);
-    const Cut end = cut_of(p + 1, active, line, num_splits, batch);
+    const int begin = line.nearest_start(line.position(p));
+    longest = max(longest, line.nearest_start(line.position(p + 1)) - begin);
+  }
+  longest = Reduce(reduce_storage).Reduce(longest, [](int a, int b) { return max(a, b); });
+  if (threadIdx.x == 0) whole_shared = longest <= (length + active - 1) / active + kSlack;
+  __syncthreads();
+  const bool whole = whole_shared;
+
+  for (int p = threadIdx.x; p < parts; p += kThreads) {
+    const Cut begin = line.cut(p, whole);
+    const Cut end = line.cut(p + 1, whole);
     int split = 0;
     if (begin.tile > 0) {
-      split = p - last_part_at_or_before(num_splits[begin.request] + kStartOverhead, active, line);
+      const int first_tile = num_splits[begin.request] + kStartOverhead;
+      split = p - last_part_at_or_before(first_tile, active, length);
     }
     plan[p] = {begin.request, begin.tile, end.request, end.tile, split, {0, 0, 0}};
   }
@@ -79,8 +116,9 @@ __global__ void __launch_bounds__(kThreads)
   // Splits of request r: from the last part that starts at or before its first tile to the last
   // part that starts before its end.
   auto splits_of = [&](int r_start, int r_end) {
-    const int from = last_part_at_or_before(r_start + kStartOverhead, active, line);
-    const int to = last_part_at_or_before(r_end - 1, active, line);
+    if (whole) return 1;
+    const int from = last_part_at_or_before(r_start + kStartOverhead, active, length);
+    const int to = last_part_at_or_before(r_end - 1, active, length);
     return max(1, to - from + 1);
   };
   int splits = 0;

@@ -5,7 +5,8 @@ into that of their union, in any order and any grouping, so that many processors
 long sequence.  The plan says who does what.
 
 The plan lays all requests on one line: a request is OVERHEAD positions long, for what it costs to
-start one, and then as many as it has tiles of TILE tokens.  The line is cut into equal parts.
+start one, and then as many as it has tiles of TILE tokens.  The line is cut into equal parts, unless
+parts of whole requests are almost as equal: merging is not free.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from flashmla.reference.paged_kv import gather
 
 TILE = 64  # tokens in a tile of work, whatever the page size
 OVERHEAD = 5  # what starting a request costs, in tiles
+SLACK = 10  # places a part may exceed the equal share by, for requests to stay whole
 
 
 def partial(q, k, v, begin, end, scale=None, causal=False):
@@ -64,15 +66,25 @@ def tiles_of(seqlen):
 
 
 def cut_line(seqlens, parts):
-    """Where each part begins and ends, as parts + 1 cuts (request, tile), by walking the line."""
+    """Where each part begins and ends, as parts + 1 cuts (request, tile), by walking the line.
+
+    If cuts moved to the nearest start of a request make no part longer than an equal share and
+    SLACK places, they stay there, and no request is split.
+    """
     line = [
         (request, max(0, position - OVERHEAD))
         for request, seqlen in enumerate(seqlens)
         for position in range(OVERHEAD + tiles_of(seqlen))
     ]
     active = min(parts, len(line))
-    cuts = [line[part * len(line) // active] for part in range(active)]
-    return cuts + [(len(seqlens), 0)] * (parts + 1 - active)
+    positions = [part * len(line) // active for part in range(active)]
+    positions += [len(line)] * (parts + 1 - active)
+    starts = [place for place, cut in enumerate(line) if place == 0 or cut[0] != line[place - 1][0]]
+    nearest = [min([*starts, len(line)], key=lambda s: (abs(s - p), s)) for p in positions]
+    longest = max(end - begin for begin, end in zip(nearest[:-1], nearest[1:], strict=True))
+    if longest <= -(-len(line) // max(1, active)) + SLACK:
+        positions = nearest
+    return [line[p] if p < len(line) else (len(seqlens), 0) for p in positions]
 
 
 def plan_slow(seqlens, parts):

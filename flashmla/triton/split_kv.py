@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashmla.schedule import OVERHEAD, TILE
+from flashmla.schedule import OVERHEAD, SLACK, TILE
 from flashmla.triton.common import on_device, working_dtype
 
 # Requests that one step of the plan's loops takes.
@@ -27,19 +27,17 @@ def last_part_at(position, active, total):
 # endregion: last_part_at
 
 
-# region: plan_requests_kernel
-@triton.jit(do_not_specialize=["b", "parts"])
-def plan_requests_kernel(
+# region: plan_starts_kernel
+@triton.jit(do_not_specialize=["b"])
+def plan_starts_kernel(
     cache_seqlens,  # [b] int32
     starts,  # [b + 1] int64: where each request begins on the line, and the line's length
-    num_splits,  # [b + 1] int32
     b,
-    parts,
     OVERHEAD: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # First pass: where the requests begin. One program walks over all of them, BLOCK at a time.
+    # One program walks over all requests, BLOCK at a time.
     total = tl.zeros([], tl.int64)
     for block in range(0, b, BLOCK):
         request = block + tl.arange(0, BLOCK)  # [BLOCK]
@@ -50,40 +48,14 @@ def plan_requests_kernel(
         total += tl.sum(places)
     tl.store(starts + b, total)
 
-    # Second pass: how many parts hold tiles of each request.
-    active = tl.minimum(parts.to(tl.int64), total)  # there are no more parts than places
-    begin = tl.zeros([], tl.int64)
-    used = tl.zeros([], tl.int64)
-    tl.store(num_splits, 0)
-    for block in range(0, b, BLOCK):
-        request = block + tl.arange(0, BLOCK)
-        length = tl.load(cache_seqlens + request, mask=request < b, other=0)
-        tiles = (tl.maximum(length, 0).to(tl.int64) + TILE - 1) // TILE
-        places = tl.where(request < b, OVERHEAD + tiles, 0)
-        start = begin + tl.cumsum(places) - places  # [BLOCK]
-        first = last_part_at(start + OVERHEAD, active, total)
-        last = last_part_at(start + places - 1, active, total)
-        splits = tl.where(request < b, tl.maximum(last - first + 1, 1), 0)
-        count = used + tl.cumsum(splits)
-        tl.store(num_splits + 1 + request, count.to(tl.int32), mask=request < b)
-        begin += tl.sum(places)
-        used += tl.sum(splits)
 
-
-# endregion: plan_requests_kernel
+# endregion: plan_starts_kernel
 
 
 # region: cut
 @triton.jit
-def cut(part, starts, b, active, total, OVERHEAD: tl.constexpr, SEARCH_STEPS: tl.constexpr):
-    """Where parts begin: part [P] int64 -> request [P] int64, tile [P] int64, start [P] int64.
-
-    A place within a request's overhead counts as its tile 0; parts from `active` on begin
-    behind the last request.
-    """
-    working = part < active  # [P]
-    position = tl.where(working, part * total // tl.maximum(active, 1), total)  # [P]
-    # Bisection for the last request that starts at the position or before; starts[b] = total.
+def request_at(position, starts, b, SEARCH_STEPS: tl.constexpr):
+    """The last request that starts at `position` [P] or before; b at the line's end."""
     low = tl.zeros_like(position)
     high = low + b
     for _ in range(SEARCH_STEPS):
@@ -91,8 +63,18 @@ def cut(part, starts, b, active, total, OVERHEAD: tl.constexpr, SEARCH_STEPS: tl
         before = tl.load(starts + middle) <= position
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle - 1)
-    start = tl.load(starts + low)
-    return low, tl.maximum(position - start - OVERHEAD, 0), start
+    return low
+
+
+@triton.jit
+def cut(part, starts, b, active, total, SEARCH_STEPS: tl.constexpr):
+    """Where parts begin on the line, and the request's start that lies nearest: part [P] int64
+    -> position [P], nearest [P]. Parts from `active` on begin at the line's end."""
+    position = tl.where(part < active, part * total // tl.maximum(active, 1), total)  # [P]
+    request = request_at(position, starts, b, SEARCH_STEPS)
+    before = tl.load(starts + request)
+    after = tl.load(starts + tl.minimum(request + 1, b))
+    return position, tl.where(after - position < position - before, after, before)
 
 
 # endregion: cut
@@ -103,17 +85,33 @@ def cut(part, starts, b, active, total, OVERHEAD: tl.constexpr, SEARCH_STEPS: tl
 def plan_parts_kernel(
     starts,  # [b + 1] int64
     tile_scheduler_metadata,  # [parts, 8] int32
+    stays_whole,  # [1] int32: whether no request is split
     b,
     parts,
     OVERHEAD: tl.constexpr,
+    SLACK: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,  # enough bisections for b + 1 candidates
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least parts
 ):
-    part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+    part = tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
     total = tl.load(starts + b)
     active = tl.minimum(parts.to(tl.int64), total)
-    request, tile, start = cut(part, starts, b, active, total, OVERHEAD, SEARCH_STEPS)
-    end_request, end_tile, _ = cut(part + 1, starts, b, active, total, OVERHEAD, SEARCH_STEPS)
+    begin, near_begin = cut(part, starts, b, active, total, SEARCH_STEPS)
+    end, near_end = cut(part + 1, starts, b, active, total, SEARCH_STEPS)
+
+    # Requests stay whole if that makes no part much longer than an equal share.
+    share = (total + active - 1) // tl.maximum(active, 1)
+    whole = tl.max(near_end - near_begin) <= share + SLACK
+    tl.store(stays_whole, whole.to(tl.int32))
+    begin = tl.where(whole, near_begin, begin)
+    end = tl.where(whole, near_end, end)
+
+    request = request_at(begin, starts, b, SEARCH_STEPS)
+    end_request = request_at(end, starts, b, SEARCH_STEPS)
+    start = tl.load(starts + request)
+    # A place within a request's overhead counts as its tile 0.
+    tile = tl.maximum(begin - start - OVERHEAD, 0)
+    end_tile = tl.maximum(end - tl.load(starts + end_request) - OVERHEAD, 0)
     # Parts before this one that hold tiles of the request it begins in: none at its tile 0.
     first = last_part_at(start + OVERHEAD, active, tl.maximum(total, 1))
     begin_split = tl.where(tile > 0, part - first, 0)
@@ -130,6 +128,40 @@ def plan_parts_kernel(
 
 
 # endregion: plan_parts_kernel
+
+
+# region: plan_splits_kernel
+@triton.jit(do_not_specialize=["b", "parts"])
+def plan_splits_kernel(
+    starts,  # [b + 1] int64
+    stays_whole,  # [1] int32
+    num_splits,  # [b + 1] int32
+    b,
+    parts,
+    OVERHEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # How many parts hold tiles of each request, summed up.
+    total = tl.load(starts + b)
+    active = tl.minimum(parts.to(tl.int64), total)
+    whole = tl.load(stays_whole) != 0
+    used = tl.zeros([], tl.int64)
+    tl.store(num_splits, 0)
+    for block in range(0, b, BLOCK):
+        request = block + tl.arange(0, BLOCK)  # [BLOCK]
+        exists = request < b
+        start = tl.load(starts + request, mask=exists, other=0)
+        end = tl.load(starts + request + 1, mask=exists, other=0)
+        first = last_part_at(start + OVERHEAD, active, total)
+        last = last_part_at(end - 1, active, total)
+        splits = tl.where(whole, 1, tl.maximum(last - first + 1, 1))
+        splits = tl.where(exists, splits, 0)
+        count = used + tl.cumsum(splits)
+        tl.store(num_splits + 1 + request, count.to(tl.int32), mask=exists)
+        used += tl.sum(splits)
+
+
+# endregion: plan_splits_kernel
 
 
 # region: get_metadata_launch
@@ -152,15 +184,18 @@ def get_metadata(
         )
     tile_scheduler_metadata, num_splits = out
     starts = torch.empty(b + 1, dtype=torch.int64, device=cache_seqlens.device)
+    stays_whole = torch.empty(1, dtype=torch.int32, device=cache_seqlens.device)
     with on_device(cache_seqlens.device):
-        plan_requests_kernel[(1,)](
-            cache_seqlens, starts, num_splits, b, parts,
-            OVERHEAD=OVERHEAD, TILE=TILE, BLOCK=PLAN_BLOCK,
+        plan_starts_kernel[(1,)](
+            cache_seqlens, starts, b, OVERHEAD=OVERHEAD, TILE=TILE, BLOCK=PLAN_BLOCK
+        )
+        plan_parts_kernel[(1,)](
+            starts, tile_scheduler_metadata, stays_whole, b, parts, OVERHEAD=OVERHEAD,
+            SLACK=SLACK, SEARCH_STEPS=b.bit_length(), BLOCK=triton.next_power_of_2(parts),
         )  # fmt: skip
-        plan_parts_kernel[(triton.cdiv(parts, 128),)](
-            starts, tile_scheduler_metadata, b, parts,
-            OVERHEAD=OVERHEAD, SEARCH_STEPS=b.bit_length(), BLOCK=128,
-        )  # fmt: skip
+        plan_splits_kernel[(1,)](
+            starts, stays_whole, num_splits, b, parts, OVERHEAD=OVERHEAD, BLOCK=PLAN_BLOCK
+        )
     return tile_scheduler_metadata, num_splits
 
 

@@ -46,7 +46,7 @@ struct SharedStorage {
   float row_alpha[2][kRows];                                  // what the tile rescales O by
   float row_sum[2][2][kRows];                                 // by parity of the item, by consumer
   uint64_t q_full, q_empty;
-  uint64_t kv_full[kStages][kGroups];
+  uint64_t kv_full[kStages][kPieces];
   uint64_t kv_empty[kStages][kGroups];
 };
 static_assert(sizeof(SharedStorage<cutlass::half_t>) + 1024 <= 232448 + 1024, "227 KB a CTA");

@@ -41,6 +41,7 @@ struct Tiles {
 template <class T>
 __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>& shared, const CUtensorMap& q_map,
                         const CUtensorMap& k_map) {
+  const int ahead_tiles = gridDim.x == 1 ? 0 : gridDim.x == 2 ? 2 : 3;
   int tile_count = 0;
   int item_count = 0;
   WorkList list(p);
@@ -65,13 +66,19 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
       const int order[kGroups] = {kRope, j & 1, (j & 1) ^ 1};
       for (int g = 0; g < kGroups; ++g) {
         const int group = order[g];
-        uint64_t* full = &shared.kv_full[stage][group];
         Barrier::wait(&shared.kv_empty[stage][group], (round & 1) ^ 1);
-        Barrier::arrive_and_expect_tx(full, pieces_of(group) * kPieceElements * sizeof(T));
         for (int i = first_piece(group); i < first_piece(group) + pieces_of(group); ++i) {
+          uint64_t* full = &shared.kv_full[stage][i];
+          Barrier::arrive_and_expect_tx(full, kPieceElements * sizeof(T));
           cute::SM90_TMA_LOAD_4D::copy(
               &k_map, full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
               shared.kv[stage] + i * kPieceElements, i * kPieceCols, 0, blockIdx.y, page);
+        }
+      }
+      if (ahead_tiles > 0 && j + ahead_tiles < item.tiles) {
+        const int ahead = pages[j + ahead_tiles];
+        for (int i = blockIdx.x; i < kPieces; i += gridDim.x) {
+          cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&k_map, i * kPieceCols, 0, blockIdx.y, ahead);
         }
       }
       page = next_page;
@@ -141,10 +148,10 @@ struct Consumer {
     CUTE_UNROLL
     for (int g = 0; g < kGroups; ++g) {
       const int group = g == 0 ? int(kRope) : g == 1 ? kMine : kOther;
-      Barrier::wait(&shared.kv_full[stage(j)][group], phase(j));
-      cute::warpgroup_arrive();
       CUTE_UNROLL
       for (int i = first_piece(group); i < first_piece(group) + pieces_of(group); ++i) {
+        Barrier::wait(&shared.kv_full[stage(j)][i], phase(j));
+        cute::warpgroup_arrive();
         auto q = cute::make_tensor(cute::make_smem_ptr(shared.q + i * kPieceElements),
                                    typename Tiles<T>::Piece{});  // [64 rows, 64]
         auto k = cute::make_tensor(cute::make_smem_ptr(shared.kv[stage(j)] + i * kPieceElements),
@@ -213,8 +220,15 @@ struct Consumer {
     RowPair max, alpha;
     read_row_state(j, max, alpha);
     softmax.follow(max, alpha);
-    rescale(o, alpha);
-    Barrier::wait(&shared.kv_full[stage(j)][kMine], phase(j));
+    if (any_rescale(alpha)) {
+      cute::warpgroup_wait<0>();
+      fence_fragment(o);
+      rescale(o, alpha);
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < kPiecesHalf; ++i) {
+      Barrier::wait(&shared.kv_full[stage(j)][kMine * kPiecesHalf + i], phase(j));
+    }
     if (it.has_tail(j)) clear_tail(j, it.valid_tokens(j));
 
     auto v = cute::make_tensor(cute::make_smem_ptr(value_half(j)), typename Tiles<T>::ValueHalf{});
@@ -241,11 +255,11 @@ struct Consumer {
   __device__ __forceinline__ void own_tile(const Item& it, int j, OnlineSoftmax& softmax, Output& o,
                                            Scores& s, Probabilities& pr) {
     start_scores(j, s);
-    cute::warpgroup_wait<0>();
+    if (!kFirst) start_other_tile(it, j - 1, softmax, o);
+    cute::warpgroup_wait<kFirst ? 0 : 1>();
     fence_fragment(s);
     release(&shared.kv_empty[stage(j)][kRope]);
     if (j + 2 >= it.tiles) release(&shared.q_empty);
-    if (!kFirst) start_other_tile(it, j - 1, softmax, o);
 
     if (it.needs_mask(j)) OnlineSoftmax::mask(s, it.first_token(j), it.limit);
     const RowPair alpha = softmax.step(s, p.scale_log2);
@@ -253,7 +267,7 @@ struct Consumer {
     if (!kFirst) finish_other_tile(j - 1, o);  // shared.p may be written from here on
 
     publish(j, pr, softmax.max, alpha);
-    rescale(o, alpha);
+    if (any_rescale(alpha)) rescale(o, alpha);
     if (it.has_tail(j)) clear_tail(j, it.valid_tokens(j));
     auto v = cute::make_tensor(cute::make_smem_ptr(value_half(j)), typename Tiles<T>::ValueHalf{});
     fence_fragment(o);
@@ -337,8 +351,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     Barrier::init(&shared.q_full, 1);
     Barrier::init(&shared.q_empty, 8);  // one arrival a consumer warp
     for (int s = 0; s < kStages; ++s) {
+      for (int i = 0; i < kPieces; ++i) Barrier::init(&shared.kv_full[s][i], 1);
       for (int g = 0; g < kGroups; ++g) {
-        Barrier::init(&shared.kv_full[s][g], 1);
         Barrier::init(&shared.kv_empty[s][g], 4);  // the four warps of the one warpgroup that reads last
       }
     }

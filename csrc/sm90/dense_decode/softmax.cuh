@@ -19,6 +19,7 @@ __device__ __forceinline__ int row_half(int i) { return (i >> 1) & 1; }
 
 // region: online_softmax
 struct OnlineSoftmax {
+  static constexpr float kSlack = 8.f;
   RowPair max;  // of the raw scores so far; -inf before the first
   RowPair sum;  // of exp2(scaled score - scaled max), this thread's columns only
 
@@ -50,9 +51,13 @@ struct OnlineSoftmax {
       }
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+      // The maximum in use lags behind the true one until that has grown by 2^kSlack: probabilities
+      // up to 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is.
+      const bool grown = (m - max.v[h]) * scale_log2 > kSlack;
+      m = grown ? m : max.v[h];
       // A row that has seen nothing keeps max -inf; shifting by 0 then gives exp2(-inf) = 0.
       shift[h] = m == -INFINITY ? 0.f : m * scale_log2;
-      alpha.v[h] = exp2f(max.v[h] * scale_log2 - shift[h]);
+      alpha.v[h] = grown ? exp2f(max.v[h] * scale_log2 - shift[h]) : 1.f;
       max.v[h] = m;
       sum.v[h] *= alpha.v[h];
     }
@@ -86,6 +91,10 @@ struct OnlineSoftmax {
   }
 };
 // endregion: online_softmax
+
+__device__ __forceinline__ bool any_rescale(const RowPair& factor) {
+  return __any_sync(0xffffffffu, factor.v[0] != 1.f || factor.v[1] != 1.f);
+}
 
 template <class Accumulator>
 __device__ __forceinline__ void rescale(Accumulator& o, const RowPair& factor) {
