@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,41 @@ def test_ceilings_of_this_machine_are_measured():
 
 def test_no_peer_without_a_card():
     assert peers.find_peers(CPU) == {}
+
+
+def plant_peer(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> None:
+    """A package of the peer's names in a folder of its own."""
+    (folder / "flash_mla.py").write_text(source)
+    (folder / "sgl_flash_mla-9.9.dist-info").mkdir()
+    metadata = folder / "sgl_flash_mla-9.9.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: sgl-flash-mla\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "flash_mla", raising=False)
+
+
+def test_peer_is_called_as_it_wants_to_be(monkeypatch, tmp_path: Path):
+    source = """
+def get_mla_metadata():
+    return "plan", None
+
+def flash_mla_with_kvcache(*args, **kwargs):
+    return args, kwargs
+"""
+    plant_peer(monkeypatch, tmp_path, source)
+    found = peers.find_peers(torch.device("cuda"))
+    assert list(found) == ["peer:sgl-flash-mla-9.9"]
+    problem = problems.dense_decode(TINY[1], CPU)
+    args, kwargs = found["peer:sgl-flash-mla-9.9"](problem)(1)
+    assert args[0] is problem.q and args[1] is problem.caches[1]
+    assert args[4:] == (512, "plan")
+    assert kwargs["use_legacy"] is True and kwargs["causal"] is True
+    assert kwargs["is_fp8_kvcache"] is False and kwargs["softmax_scale"] == 576**-0.5
+
+
+def test_peer_that_does_not_load_is_left_out(monkeypatch, tmp_path: Path):
+    plant_peer(monkeypatch, tmp_path, "raise OSError('libcudart.so.99 is missing')")
+    with pytest.warns(UserWarning, match="does not load: libcudart.so.99 is missing"):
+        assert peers.find_peers(torch.device("cuda")) == {}
 
 
 def test_rows_leave_out_who_cannot_and_keep_the_rest(capsys, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,13 +63,20 @@ def own(problem: DenseDecode, tier: str) -> Side:
 
 
 def find_peers(device: torch.device) -> dict[str, Callable[[DenseDecode], Side]]:
-    """The peers of dense decode that are installed and can use this device: name -> maker."""
+    """The peers of dense decode that are installed and can use this device: name -> maker.
+
+    One that is installed and does not load (another CUDA, say) is left out, with a warning.
+    """
     if device.type != "cuda" or importlib.util.find_spec("flash_mla") is None:
         return {}
     try:
         version = importlib.metadata.version(PEER)
+        importlib.import_module("flash_mla")
     except importlib.metadata.PackageNotFoundError:
         return {}  # another package of that module's name: its calling convention is not known
+    except (ImportError, OSError) as error:
+        warnings.warn(f"{PEER} is installed and does not load: {error}", stacklevel=2)
+        return {}
     return {f"peer:{PEER}-{version}": _frozen_flash_mla}
 
 
