@@ -274,7 +274,7 @@ def merge_state(
         ValueError: shapes or devices that do not match.
 
     Source: ``flashmla/torch/split_kv.py``, ``flashmla/triton/split_kv.py``,
-    ``csrc/sm90/combine.cu``.
+    ``csrc/sm90/merge_state.cu``.
     """
     floats = (torch.float32, torch.bfloat16, torch.float16)
     if not isinstance(out_a, Tensor):
