@@ -68,6 +68,17 @@ class PagedKVCache:
     Raises:
         ValueError, TypeError: numbers below 1, or an FP8 cache of other sizes.
 
+    Example:
+        >>> cache = flashmla.PagedKVCache(num_pages=4, page_size=64)
+        >>> parent = cache.allocate(torch.randn(100, 576).bfloat16())
+        >>> child = cache.fork(parent)
+        >>> cache.append([parent, child], torch.randn(2, 1, 576).bfloat16())
+        >>> cache.pages(parent), cache.pages(child)  # one page shared, the partly full one not
+        ([0, 2], [0, 1])
+        >>> cache.free(parent)
+        >>> cache.free_pages
+        2
+
     Source: ``flashmla/cache.py``.
     """
 

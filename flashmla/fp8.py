@@ -94,6 +94,11 @@ def pack(x: Tensor, power_of_two: bool = True) -> Tensor:
         TypeError: x is no tensor of one of these dtypes, or power_of_two no bool.
         ValueError: a last dimension other than 576, or not contiguous.
 
+    Example:
+        >>> packed = flashmla.fp8.pack(torch.full((3, 576), 0.3))
+        >>> packed.shape, flashmla.fp8.unpack(packed)[0, 0].item()
+        (torch.Size([3, 656]), 0.3125)
+
     Source: ``flashmla/torch/fp8.py``; the oracle is ``flashmla/reference/fp8.py``.
     """
     _check_last("x", x, HEAD_DIM, _FLOATS)

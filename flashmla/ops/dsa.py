@@ -345,6 +345,11 @@ def topk(
         ValueError: a wrong rank, shape or device, or a block table too narrow for n; with
             ``FLASHMLA_CHECK=1`` also lengths out of range.
 
+    Example:
+        >>> logits = torch.tensor([[2.0, 5.0, float("nan"), 2.0, 3.0]])
+        >>> flashmla.topk(logits, 3).tolist(), flashmla.topk(logits, 6).tolist()
+        ([[0, 1, 4]], [[0, 1, 3, 4, -1, -1]])
+
     Source: ``flashmla/torch/dsa.py``.
     """
     check_tensor("logits", logits, "[rows, n]", (torch.float32,))

@@ -120,6 +120,18 @@ def flash_mla_with_kvcache(
             and indices out of range, and a plan made for other lengths.
         NotImplementedError: ``extra_k_cache`` or a companion is given.
 
+    Example:
+        >>> cache = flashmla.PagedKVCache(num_pages=8)
+        >>> sequence = cache.allocate(torch.randn(100, 576).bfloat16())
+        >>> block_table, cache_seqlens = cache.tables([sequence])
+        >>> q = torch.randn(1, 2, 16, 576).bfloat16()
+        >>> plan, _ = flashmla.get_mla_metadata()
+        >>> out, lse = flashmla.flash_mla_with_kvcache(
+        ...     q, cache.kv, block_table, cache_seqlens, 512, plan, causal=True
+        ... )
+        >>> out.shape, lse.shape
+        (torch.Size([1, 2, 16, 512]), torch.Size([1, 16, 2]))
+
     Source: ``flashmla/torch/mla.py``, ``flashmla/triton/mla.py``, ``csrc/sm90/dense_decode/``;
     sparse: ``flashmla/torch/dsa.py``.
     """

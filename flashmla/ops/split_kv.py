@@ -172,6 +172,14 @@ def get_mla_metadata(
         TypeError: an argument of the wrong kind or dtype, or some but not all of the first three.
         ValueError: a wrong shape or device, numbers below 1, or ``out`` of another size.
 
+    Example:
+        >>> cache_seqlens = torch.tensor([4096, 100], dtype=torch.int32)
+        >>> plan = flashmla.get_mla_metadata(cache_seqlens, 128, 1)
+        >>> cache_seqlens += 1
+        >>> _ = flashmla.get_mla_metadata(cache_seqlens, 128, 1, out=plan)
+        >>> [tensor.shape for tensor in plan]  # 66 parts: what 132 SMs give to 128 rows
+        [torch.Size([66, 8]), torch.Size([3])]
+
     Source: ``flashmla/schedule.py``, ``csrc/sm90/scheduler.cu``, ``flashmla/triton/split_kv.py``.
     """
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
@@ -272,6 +280,13 @@ def merge_state(
     Raises:
         TypeError: not tensors, or of the wrong dtype.
         ValueError: shapes or devices that do not match.
+
+    Example:
+        >>> out_a, lse_a = torch.tensor([[1.0, 1.0]]), torch.tensor([0.0])
+        >>> out_b, lse_b = torch.tensor([[5.0, 9.0]]), torch.tensor([3.0]).log()
+        >>> out, lse = flashmla.merge_state(out_a, lse_a, out_b, lse_b)
+        >>> out.round(decimals=4).tolist(), lse.exp().round(decimals=4).tolist()
+        ([[4.0, 7.0]], [4.0])
 
     Source: ``flashmla/torch/split_kv.py``, ``flashmla/triton/split_kv.py``,
     ``csrc/sm90/merge_state.cu``.
