@@ -24,7 +24,7 @@ def model():
 
 def test_training_learns_more_than_how_often_each_byte_occurs(model):
     assert model.log["loss_before"] > 4
-    assert model.log["loss_after"] < model.log["unigram_entropy"] - 0.1
+    assert model.log["loss_after"] < model.log["unigram_entropy"] - 0.3
 
 
 def test_training_is_seeded():
