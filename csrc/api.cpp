@@ -46,9 +46,13 @@ void require(bool condition, const char* what) {
   if (!condition) TVM_FFI_THROW(ValueError) << what;
 }
 
-bool is_bf16(const TensorView& t) { return t.dtype().code == kDLBfloat; }
+bool is_bf16(const TensorView& t) {
+  return t.dtype().code == kDLBfloat;
+}
 
-int size32(const TensorView& t, int axis) { return static_cast<int>(t.size(axis)); }
+int size32(const TensorView& t, int axis) {
+  return static_cast<int>(t.size(axis));
+}
 
 // cache_seqlens [b]; plan [parts, 8]; num_splits [b + 1]; all int32
 void get_metadata(TensorView cache_seqlens, TensorView plan, TensorView num_splits) {
@@ -74,10 +78,12 @@ void dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
   require(q.ndim() == 3 && q.size(0) == static_cast<int64_t>(a.shape.batch) * a.shape.h_kv &&
               q.size(1) == a.shape.rows() && q.size(2) == 576,
           "q must be [b * h_kv, s_q * h_q / h_kv, 576]");
-  require(k_cache.size(1) == 64 && k_cache.size(3) == 576, "k_cache must be [pages, 64, h_kv, 576]");
+  require(k_cache.size(1) == 64 && k_cache.size(3) == 576,
+          "k_cache must be [pages, 64, h_kv, 576]");
   require(num_splits.size(0) == a.shape.batch + 1 && plan.size(1) == sm90::kPlanColumns,
           "the plan is of another batch size");
-  require(out_partial.size(0) >= a.shape.batch + a.shape.parts, "too few slots for partial results");
+  require(out_partial.size(0) >= a.shape.batch + a.shape.parts,
+          "too few slots for partial results");
   if (a.shape.batch == 0 || a.shape.rows() == 0) return;
   a.is_bf16 = is_bf16(q);
   a.causal = causal;

@@ -143,8 +143,8 @@ def test_a_plan_by_hand():
     assert metadata[:, :5].tolist() == [[0, 0, 1, 0, 0], [1, 0, 2, 0, 0], [2, 0, 3, 0, 0]]
     assert num_splits.tolist() == [0, 1, 2, 3]
     # 20 tiles, none and 3: a line of 25 + 5 + 8 = 38.  Whole requests would make one part 25 long,
-    # more than the share of 10 and its slack of 10, so the cuts stay at 0, 9, 19 and 28: tiles 4 and
-    # 14 of request 0, and request 1, of whose overhead 28 is a part.
+    # more than the share of 10 and its slack of 10, so the cuts stay at 0, 9, 19 and 28: tiles 4
+    # and 14 of request 0, and request 1, of whose overhead 28 is a part.
     metadata, num_splits = split_kv.plan_slow([1280, 0, 130], 4)
     assert metadata[:, :5].tolist() == [
         [0, 0, 0, 4, 0],

@@ -1,9 +1,9 @@
 // The warpgroup matrix product (wgmma) in three shapes, as CuTe atoms, and one loop over them.
 #pragma once
 
-#include <cute/tensor.hpp>
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
+#include <cute/tensor.hpp>
 
 namespace flashmla {
 
@@ -12,17 +12,17 @@ using cute::GMMA::Major;
 // Rows of 64 16-bit values: 128 bytes, the widest swizzle. A [rows, 64] tile stored this way is
 // what one TMA box delivers and what wgmma reads without bank conflicts.
 template <class T, int Rows>
-using SwizzledTile = decltype(cute::tile_to_shape(
-    cute::GMMA::Layout_K_SW128_Atom<T>{}, cute::Shape<cute::Int<Rows>, cute::Int<64>>{}));
+using SwizzledTile = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
+                                                  cute::Shape<cute::Int<Rows>, cute::Int<64>>{}));
 
 // The same bytes, [Rows, Cols] row-major as stored, read as [Cols, Rows]: V arrives as
 // [tokens, d_v] and the product needs its second operand as [d_v, tokens].
 template <class T, int Rows, int Cols>
-using TransposedTile = decltype(cute::composition(
-    cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
-                        cute::Shape<cute::Int<Rows>, cute::Int<Cols>>{}),
-    cute::Layout<cute::Shape<cute::Int<Cols>, cute::Int<Rows>>,
-                 cute::Stride<cute::Int<Rows>, cute::_1>>{}));
+using TransposedTile =
+    decltype(cute::composition(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
+                                                   cute::Shape<cute::Int<Rows>, cute::Int<Cols>>{}),
+                               cute::Layout<cute::Shape<cute::Int<Cols>, cute::Int<Rows>>,
+                                            cute::Stride<cute::Int<Rows>, cute::_1>>{}));
 
 // C[64, N] += A[64, K] B[N, K]ᵀ by one warpgroup, operands from shared memory (ss) or A from
 // registers (rs). The caller opens with warpgroup_arrive and closes with a commit.

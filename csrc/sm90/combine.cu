@@ -21,8 +21,8 @@ static_assert(kThreads * 4 == kDimV, "a block writes one row of the output");
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const DecodeShape shape, const PlanRow* __restrict__ plan,
-                   const int* __restrict__ num_splits, const Partials partials,
-                   T* __restrict__ out, float* __restrict__ lse) {
+                   const int* __restrict__ num_splits, const Partials partials, T* __restrict__ out,
+                   float* __restrict__ lse) {
   if (plan[blockIdx.y].begin_split != 1) return;
   const int request = plan[blockIdx.y].begin_request;
   const int first = num_splits[request];
@@ -74,9 +74,9 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 void launch(const CombineArgs& a, cudaStream_t stream) {
   const dim3 grid(a.shape.h_kv * a.shape.rows(), a.shape.parts);
-  combine_kernel<T><<<grid, kThreads, 0, stream>>>(a.shape, reinterpret_cast<const PlanRow*>(a.plan),
-                                                   a.num_splits, a.partials,
-                                                   static_cast<T*>(a.out), a.lse);
+  combine_kernel<T>
+      <<<grid, kThreads, 0, stream>>>(a.shape, reinterpret_cast<const PlanRow*>(a.plan),
+                                      a.num_splits, a.partials, static_cast<T*>(a.out), a.lse);
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -18,8 +18,8 @@ __device__ __forceinline__ float finite_lse(float lse) {
 template <class T, int kVector>
 __global__ void __launch_bounds__(kWarps * 32)
     merge_kernel(const T* __restrict__ out_a, const float* __restrict__ lse_a,
-                 const T* __restrict__ out_b, const float* __restrict__ lse_b,
-                 T* __restrict__ out, float* __restrict__ lse, int64_t rows, int d) {
+                 const T* __restrict__ out_b, const float* __restrict__ lse_b, T* __restrict__ out,
+                 float* __restrict__ lse, int64_t rows, int d) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= rows) return;
   const float a = finite_lse(lse_a[row]);
@@ -61,9 +61,9 @@ void launch(const void* out_a, const float* lse_a, const void* out_b, const floa
   constexpr int kVector = 16 / sizeof(T);
   const auto kernel = d % kVector == 0 ? &merge_kernel<T, kVector> : &merge_kernel<T, 1>;
   const auto blocks = static_cast<unsigned>((rows + kWarps - 1) / kWarps);
-  kernel<<<blocks, kWarps * 32, 0, stream>>>(
-      static_cast<const T*>(out_a), lse_a, static_cast<const T*>(out_b), lse_b,
-      static_cast<T*>(out), lse, rows, d);
+  kernel<<<blocks, kWarps * 32, 0, stream>>>(static_cast<const T*>(out_a), lse_a,
+                                             static_cast<const T*>(out_b), lse_b,
+                                             static_cast<T*>(out), lse, rows, d);
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -1,10 +1,11 @@
 // get_mla_metadata on the device: one block computes the whole plan, in closed form, so that it
 // can be recomputed inside a CUDA graph when lengths change.
 //
-// All requests lie on one line: request r covers [C_r, C_{r+1}), C_{r+1} = C_r + overhead + tiles_r.
-// The line is cut into equal stretches, one a part. A cut that falls on a request's overhead moves
-// to the request's first tile, so a request is never split for less than a tile. Where moving every
-// cut to the nearest start of a request costs little balance, that is done, and nothing is split.
+// All requests lie on one line: request r covers [C_r, C_{r+1}), C_{r+1} = C_r + overhead +
+// tiles_r. The line is cut into equal stretches, one a part. A cut that falls on a request's
+// overhead moves to the request's first tile, so a request is never split for less than a tile.
+// Where moving every cut to the nearest start of a request costs little balance, that is done, and
+// nothing is split.
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 

@@ -5,8 +5,8 @@ into that of their union, in any order and any grouping, so that many processors
 long sequence.  The plan says who does what.
 
 The plan lays all requests on one line: a request is OVERHEAD positions long, for what it costs to
-start one, and then as many as it has tiles of TILE tokens.  The line is cut into equal parts, unless
-parts of whole requests are almost as equal: merging is not free.
+start one, and then as many as it has tiles of TILE tokens.  The line is cut into equal parts,
+unless parts of whole requests are almost as equal: merging is not free.
 """
 
 from __future__ import annotations

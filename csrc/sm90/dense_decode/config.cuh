@@ -26,25 +26,29 @@ static_assert(kTokens == kTileTokens, "the plan's tile is the kernel's tile");
 // A tile of K arrives in three groups of pieces, because they come free at different times: the
 // half of V that warpgroup 0 owns, the half that warpgroup 1 owns, and RoPE, which only QKᵀ reads.
 enum Group : int { kLeft = 0, kRight = 1, kRope = 2, kGroups = 3 };
-__host__ __device__ constexpr int first_piece(int group) { return group * kPiecesHalf; }
-__host__ __device__ constexpr int pieces_of(int group) { return group == kRope ? 1 : kPiecesHalf; }
+__host__ __device__ constexpr int first_piece(int group) {
+  return group * kPiecesHalf;
+}
+__host__ __device__ constexpr int pieces_of(int group) {
+  return group == kRope ? 1 : kPiecesHalf;
+}
 
 // Hardware barriers between warps of this CTA; 0 is __syncthreads.
 enum BarrierId : uint32_t {
-  kProbabilitiesEven = 1,  // P of an even tile is in shared memory: its owner arrives, the other waits
+  kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits
   kProbabilitiesOdd = 2,
-  kRowSums = 3,   // both consumers have left their row sums
+  kRowSums = 3,    // both consumers have left their row sums
   kTailZero0 = 4,  // consumer 0 has zeroed the tail of its half of V; 5 is consumer 1's
 };
 
 template <class T>
 struct SharedStorage {
-  alignas(1024) T q[kPieces * kPieceElements];                // [9 pieces][64 rows][64]
-  alignas(1024) T kv[kStages][kPieces * kPieceElements];      // [9 pieces][64 tokens][64] a stage
-  alignas(1024) T p[kRows * kTokens];                         // [64 rows][64 tokens]
-  float row_max[2][kRows];                                    // by parity of the tile
-  float row_alpha[2][kRows];                                  // what the tile rescales O by
-  float row_sum[2][2][kRows];                                 // by parity of the item, by consumer
+  alignas(1024) T q[kPieces * kPieceElements];            // [9 pieces][64 rows][64]
+  alignas(1024) T kv[kStages][kPieces * kPieceElements];  // [9 pieces][64 tokens][64] a stage
+  alignas(1024) T p[kRows * kTokens];                     // [64 rows][64 tokens]
+  float row_max[2][kRows];                                // by parity of the tile
+  float row_alpha[2][kRows];                              // what the tile rescales O by
+  float row_sum[2][2][kRows];                             // by parity of the item, by consumer
   uint64_t q_full, q_empty;
   uint64_t kv_full[kStages][kPieces];
   uint64_t kv_empty[kStages][kGroups];

@@ -9,9 +9,9 @@
 // exponentials the other keeps the tensor cores running. NOTES.md tells how this came about.
 #pragma once
 
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/arch/copy_sm90.hpp>
 #include <cutlass/arch/reg_reconfig.h>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
 
 #include "config.cuh"
 #include "epilogue.cuh"
@@ -23,8 +23,8 @@ using Barrier = cutlass::arch::ClusterTransactionBarrier;  // mbarrier
 
 template <class T>
 struct Tiles {
-  using Piece = SwizzledTile<T, kTokens>;                        // [64 rows or tokens, 64]
-  using ValueHalf = TransposedTile<T, kTokens, kHalfV>;          // [256 columns, 64 tokens]
+  using Piece = SwizzledTile<T, kTokens>;                // [64 rows or tokens, 64]
+  using ValueHalf = TransposedTile<T, kTokens, kHalfV>;  // [256 columns, 64 tokens]
   using Scores = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_64, cute::_64>>()));
   using OutputFromRegisters = decltype(cute::make_tiled_mma(
@@ -39,8 +39,9 @@ struct Tiles {
 // One thread walks the work list and keeps two tiles of K on their way. A group of pieces is
 // fetched as soon as its readers have let go of what lay there before.
 template <class T>
-__device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>& shared, const CUtensorMap& q_map,
-                        const CUtensorMap& k_map) {
+__device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>& shared,
+                                        const CUtensorMap& q_map, const CUtensorMap& k_map) {
+  // Row tiles that share a cache fetch it into L2 ahead of time, each its share of the pieces.
   const int ahead_tiles = gridDim.x == 1 ? 0 : gridDim.x == 2 ? 2 : 3;
   int tile_count = 0;
   int item_count = 0;
@@ -353,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int s = 0; s < kStages; ++s) {
       for (int i = 0; i < kPieces; ++i) Barrier::init(&shared.kv_full[s][i], 1);
       for (int g = 0; g < kGroups; ++g) {
-        Barrier::init(&shared.kv_empty[s][g], 4);  // the four warps of the one warpgroup that reads last
+        Barrier::init(&shared.kv_empty[s][g], 4);  // the warps of the consumer that reads last
       }
     }
     cutlass::arch::fence_barrier_init();

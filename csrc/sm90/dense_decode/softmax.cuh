@@ -15,7 +15,9 @@ struct RowPair {
   float v[2];
 };
 
-__device__ __forceinline__ int row_half(int i) { return (i >> 1) & 1; }
+__device__ __forceinline__ int row_half(int i) {
+  return (i >> 1) & 1;
+}
 
 // region: online_softmax
 struct OnlineSoftmax {
