@@ -16,8 +16,17 @@ from flashmla.reference.mha import attention
 QUICK = training.Recipe(steps=40, batch=4, context=96, learning_rate=3e-3, warm_up=5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Products this small gain nothing from a second thread, and wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def model():
+def model(one_thread):
     """Trained for a few seconds: enough to be no longer symmetric, with latents of real size."""
     return training.train(recipe=QUICK)
 
