@@ -170,6 +170,14 @@ def test_missing_npm_is_said_with_the_place_for_a_copy(part, tmp_path, monkeypat
         mathjax.fetch(tmp_path / "mathjax.tgz")
 
 
+def test_stage_that_is_not_written_yet_is_no_dead_link(part, tmp_path: Path):
+    (tmp_path / "01_a.ipynb").touch()
+    text = part("generated_pages").without_missing(
+        "| [01 A](stages/01_a.ipynb) | [02 B](stages/02_b.ipynb) | [x](api.md) |", tmp_path
+    )
+    assert text == "| [01 A](stages/01_a.ipynb) | 02 B (to come) | [x](api.md) |"
+
+
 def test_book_names_every_stage_page_that_there_is():
     text = (ROOT / "book" / "index.md").read_text(encoding="utf-8")
     for path in (ROOT / "notebooks").glob("*.ipynb"):

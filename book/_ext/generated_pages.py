@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,22 @@ def generate(app: Any) -> None:
     write_if_changed(GENERATED / "questions.md", questions_page(readme))
 
 
+def without_missing(text: str, stages: Path) -> str:
+    """A page's Markdown with links to stages that are not written yet turned into words."""
+
+    def resolve(link: re.Match[str]) -> str:
+        there = (stages / link[2]).exists()
+        return link[0] if there else f"{link[1]} (to come)"
+
+    return re.sub(r"\[([^\]]+)\]\(stages/([^)]+)\)", resolve, text)
+
+
+def read_source(app: Any, name: str, content: list[str]) -> None:
+    if name == "index":
+        content[0] = without_missing(content[0], STAGES)
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("builder-inited", generate, priority=100)  # before Sphinx looks for documents
+    app.connect("source-read", read_source)
     return {"parallel_read_safe": True}
