@@ -15,7 +15,7 @@ export ENV TORCH_INDEX
 DEV = @PY="$$(sh tools/find_python.sh)" && exec "$$PY" tools/dev.py --env $(ENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help env kernels test notebooks lab book bench lint clean distclean
+.PHONY: help env kernels test notebooks executed lab book bench lint clean distclean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,9 @@ test:  ## the tests
 
 notebooks:  ## the notebooks, run from top to bottom
 	$(DEV) notebooks -- $(ARGS)
+
+executed:  ## the notebooks as they run on this Hopper card, for the book
+	$(DEV) executed -- $(ARGS)
 
 lab:  ## opens jupyter lab on the notebooks
 	$(DEV) lab -- $(ARGS)

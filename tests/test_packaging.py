@@ -311,6 +311,18 @@ def test_canary_stops_a_run_that_cannot_see_failures(dev, monkeypatch, capsys, a
     assert said in capsys.readouterr().out
 
 
+def test_executed_copies_need_a_card_and_start_from_the_sources(dev, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(dev, "hopper_card", lambda: False)
+    with pytest.raises(SystemExit):
+        dev.command_executed(dev.Run("system"), [])
+    source, target = tmp_path / "notebooks", tmp_path / "executed"
+    for folder, name in ((source, "00_new.ipynb"), (target, "00_gone.ipynb")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    assert dev.fresh_copies(source, target) == [target / "00_new.ipynb"]
+    assert [path.name for path in target.iterdir()] == ["00_new.ipynb"]
+
+
 # ---- a skipped GPU test on a card is a failure -----------------------------------------------
 
 GPU_FILE = """

@@ -366,6 +366,26 @@ def command_notebooks(run: Run, arguments: list[str]) -> None:
     pytest(run, "notebooks", options, arguments)
 
 
+def command_executed(run: Run, arguments: list[str]) -> None:
+    if not hopper_card():
+        fail("book/executed holds notebooks as they ran on a Hopper card, and none is here")
+    environment(run, "notebooks")
+    kernels(run)
+    canary(run)
+    lesson_model(run)
+    run.step("notebooks, their outputs kept for the book")
+    copies = fresh_copies(ROOT / "notebooks", ROOT / "book" / "executed")
+    options = ["--nbmake", "--overwrite", "--nbmake-timeout=900", "-v", *map(str, copies)]
+    pytest(run, "executed", options, arguments)
+
+
+def fresh_copies(notebooks: Path, target: Path) -> list[Path]:
+    """Copies of the source notebooks, and no others, to be executed in place."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(notebooks, target, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    return sorted(target.glob("*.ipynb"))
+
+
 def command_lab(run: Run, arguments: list[str]) -> None:
     environment(run, "lab")
     if hopper_card():  # nobody waits for kernels that this machine can't run
