@@ -23,6 +23,7 @@ __all__ = [
     "predicted_and_measured",
     "request_colour",
     "style",
+    "to_numpy",
 ]
 
 # A tier keeps its colour through the whole book.
@@ -62,6 +63,14 @@ def style() -> Iterator[None]:
     """Draw what is inside in the book's style, and leave matplotlib as it was."""
     with plt.rc_context(_RC):
         yield
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """A torch tensor on any device, or anything NumPy takes, as an array."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.float() if x.is_floating_point() else x
+    return np.asarray(x)
 
 
 def canvas(width: float = 7.2, height: float = 3.2, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -107,7 +116,7 @@ def _layout_colour(name: str) -> str:
 
 
 def heatmap(
-    values: np.ndarray,
+    values: Any,
     title: str,
     rows: str,
     columns: str,
@@ -118,7 +127,7 @@ def heatmap(
     """A matrix [rows, columns] as an image with its colour bar."""
     with style():
         figure, (axes,) = canvas(7.2, 2.8)
-        image = axes.imshow(values, aspect="auto", cmap=colours, interpolation="nearest")
+        image = axes.imshow(to_numpy(values), aspect="auto", cmap=colours, interpolation="nearest")
         axes.set(title=title, xlabel=columns, ylabel=rows)
         figure.colorbar(image, ax=axes, label=unit, shrink=0.9)
     return figure

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from flashmla.lab.figures import INK, PALE, TIER_COLOURS, canvas, request_colour, style
+from flashmla.lab.figures import INK, PALE, TIER_COLOURS, canvas, request_colour, style, to_numpy
 
 __all__ = ["block_table", "page_owners", "page_size_trade_off", "reserved_and_used"]
 
@@ -23,9 +23,10 @@ def page_owners(table: Any, lengths: Any, page_size: int) -> dict[int, list[tupl
         lengths: [b] int tokens; page_size: tokens a page.
     """
     owners: dict[int, list[tuple[int, int]]] = {}
-    for request, length in enumerate(np.asarray(lengths).tolist()):
+    rows = to_numpy(table)
+    for request, length in enumerate(to_numpy(lengths).tolist()):
         for logical in range(-(-length // page_size)):
-            page = int(np.asarray(table)[request][logical])
+            page = int(rows[request][logical])
             held = min(page_size, length - logical * page_size)
             owners.setdefault(page, []).append((request, held))
     return owners
@@ -46,7 +47,7 @@ def block_table(
         table: [b, max_blocks] int32; lengths: [b] int32; num_blocks: pages in the pool.
         names: what to call each request; by default its number.
     """
-    table, lengths = np.asarray(table), np.asarray(lengths)
+    table, lengths = to_numpy(table), to_numpy(lengths)
     names = names or [f"request {request}" for request in range(len(lengths))]
     with style():
         figure, (left, right) = canvas(9.0, max(2.2, 0.5 + 0.42 * len(lengths)), columns=2)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from flashmla.lab.figures import INK, TIER_COLOURS, canvas, request_colour, style
+from flashmla.lab.figures import INK, TIER_COLOURS, canvas, request_colour, style, to_numpy
 from flashmla.schedule import OVERHEAD, TILE
 
 __all__ = ["Segment", "gantt", "parts_sweep", "segments", "split_weights"]
@@ -32,9 +32,9 @@ def segments(metadata: Any, cache_seqlens: Any) -> list[Segment]:
         metadata: [parts, 8] int32, as ``get_mla_metadata`` gives it.
         cache_seqlens: [b] int32 lengths the plan was made for.
     """
-    tiles = -(-np.asarray(cache_seqlens, dtype=np.int64) // TILE)
+    tiles = -(-to_numpy(cache_seqlens).astype(np.int64) // TILE)
     pieces: list[Segment] = []
-    for part, row in enumerate(np.asarray(metadata).tolist()):
+    for part, row in enumerate(to_numpy(metadata).tolist()):
         begin, begin_tile, end, end_tile = row[:4]
         for request in range(begin, min(end + 1, len(tiles))):
             first = begin_tile if request == begin else 0
@@ -52,7 +52,7 @@ def gantt(metadata: Any, cache_seqlens: Any, title: str = "") -> Figure:
     Each piece starts with the pale cost of opening a request, then its tiles in the request's
     colour. Drawn from the plan's own numbers, whichever tier computed them.
     """
-    parts = len(np.asarray(metadata))
+    parts = len(metadata)
     with style():
         figure, (axes,) = canvas(7.6, float(np.clip(0.9 + 0.11 * parts, 2.2, 6.0)))
         clock = np.zeros(parts)
@@ -79,7 +79,7 @@ def split_weights(lse: Any, title: str = "") -> Figure:
     Args:
         lse: [splits, h_q] partial LSEs, natural log, +inf or -inf where a split is empty.
     """
-    lse = np.asarray(lse, dtype=np.float64)
+    lse = to_numpy(lse).astype(np.float64)
     lse = np.where(np.isposinf(lse), -np.inf, lse)
     weights = np.exp(lse - np.logaddexp.reduce(lse, axis=0, keepdims=True))
     with style():
