@@ -7,21 +7,24 @@ pytest.importorskip("triton")
 from triton_aot import Kernel, compile_kernel  # noqa: E402
 from triton_worker import compiled  # noqa: E402
 
+from flashmla import schedule  # noqa: E402
 from flashmla.lab import source  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 DECODE = {"PAGE": 64, "TILE": 64, "D_V": 512, "D_ROPE": 64, "CAUSAL": True, "UPCAST": False}
 PREFILL = {"D_MAIN": 128, "D_REST": 64, "D_V": 128, "CAUSAL": True, "UPCAST": False}
-PLAN = {"OVERHEAD": 5}
+PLAN = {"OVERHEAD": schedule.OVERHEAD}
+PLAN_PARTS = PLAN | {"SLACK": schedule.SLACK, "SEARCH_STEPS": 8, "BLOCK": 128}
 
 KERNELS = [
     Kernel("decode_128_rows", "mla", "dense_decode_kernel", DECODE, rows=128),
     Kernel("decode_16_rows", "mla", "dense_decode_kernel", DECODE, rows=16),
     Kernel("prefill_192", "mha", "forward_kernel", PREFILL),
     Kernel("prefill_128", "mha", "forward_kernel", PREFILL | {"D_REST": 0, "CAUSAL": False}),
-    Kernel("plan_requests", "split_kv", "plan_requests_kernel", PLAN | {"TILE": 64, "BLOCK": 1024}),
-    Kernel("plan_parts", "split_kv", "plan_parts_kernel", PLAN | {"SEARCH_STEPS": 8, "BLOCK": 128}),
+    Kernel("plan_starts", "split_kv", "plan_starts_kernel", PLAN | {"TILE": 64, "BLOCK": 1024}),
+    Kernel("plan_parts", "split_kv", "plan_parts_kernel", PLAN_PARTS),
+    Kernel("plan_splits", "split_kv", "plan_splits_kernel", PLAN | {"BLOCK": 1024}),
     Kernel("combine", "split_kv", "combine_kernel", {"D": 512}),
     Kernel("merge_state", "split_kv", "merge_state_kernel", {"D": 512, "ROWS": 4}),
 ]

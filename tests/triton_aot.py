@@ -13,7 +13,7 @@ POINTERS = {
     "fp32": ("lse", "out_partial", "lse_partial", "lse_a", "lse_b"),
     "i32": (
         "cu_seqlens_qo", "cu_seqlens_kv", "block_table", "cache_seqlens",
-        "tile_scheduler_metadata", "num_splits",
+        "tile_scheduler_metadata", "num_splits", "stays_whole",
     ),
     "i64": ("starts",),
 }  # fmt: skip
