@@ -78,7 +78,7 @@ def roofline(roofs: Sequence[Roof], points: Sequence[Point], title: str = "") ->
         axes.set_ylim(bottom=floor)
         axes.set(xlabel="arithmetic intensity, operations a byte", ylabel="operations a second")
         axes.grid(which="major")
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left")
     return figure
 
 
