@@ -9,9 +9,9 @@ import numpy as np
 
 from flashmla.lab.exercises.common import answer, expect_close, expect_equal, passed
 
-__all__ = ["check_cuts", "check_merge", "check_partial_bytes"]
+__all__ = ["check_cuts", "check_merge"]
 
-TILE, OVERHEAD, D_V = 64, 5, 512
+TILE, OVERHEAD = 64, 5
 
 
 def check_merge(merge: Callable[..., Any]) -> None:
@@ -75,15 +75,3 @@ def _cuts(lengths: list[int], parts: int) -> list[tuple[int, int]]:
         for place in range(OVERHEAD - (-length // TILE))
     ]
     return [line[part * len(line) // parts] for part in range(parts)] + [(len(lengths), 0)]
-
-
-def check_partial_bytes(partial_bytes: Callable[..., Any]) -> None:
-    """partial_bytes(splits, s_q, h_q): bytes that splitting one request adds: every split's
-    float32 out [s_q, h_q, 512] and LSE [s_q, h_q], written once and read once. A request in one
-    piece adds none."""
-    hint = "4 bytes a number, 512 + 1 numbers a row and split, there and back."
-    for splits, s_q, h_q in ((1, 1, 128), (2, 1, 128), (66, 1, 128), (5, 2, 16)):
-        want = 0 if splits == 1 else 2 * 4 * splits * s_q * h_q * (D_V + 1)
-        got = answer(partial_bytes, splits, s_q, h_q)
-        expect_equal(f"partial_bytes(splits={splits}, s_q={s_q}, h_q={h_q})", got, want, hint)
-    passed("partial_bytes knows what a split costs, and that one piece costs nothing")
