@@ -84,6 +84,7 @@ void dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
           "the plan is of another batch size");
   require(out_partial.size(0) >= a.shape.batch + a.shape.parts,
           "too few slots for partial results");
+  require(a.shape.parts <= sm90::kMaxParts, "a plan may have at most 1024 parts");
   if (a.shape.batch == 0 || a.shape.rows() == 0) return;
   a.is_bf16 = is_bf16(q);
   a.causal = causal;

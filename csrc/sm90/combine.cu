@@ -4,6 +4,8 @@
 #include <cutlass/half.h>
 #include <cutlass/numeric_conversion.h>
 
+#include <algorithm>
+
 #include "../common/cuda_check.h"
 #include "launch.h"
 #include "schedule.h"
@@ -12,71 +14,129 @@ namespace flashmla::sm90 {
 namespace {
 
 constexpr int kDimV = 512;
-constexpr int kThreads = 128;  // four columns each
-static_assert(kThreads * 4 == kDimV, "a block writes one row of the output");
+constexpr int kLanes = kDimV / 4;  // threads a row, four columns each
+constexpr int kGroups = 4;         // groups of so many threads in a block
+constexpr int kThreads = kLanes * kGroups;
+constexpr int kBlocks = 528;  // four a SM of an H100, which fills it
+
+// What was split, as the plan has it: each such request shows there exactly once as the part that
+// does its second split. In the order of the plan, so that all blocks number the rows alike.
+struct SplitRequests {
+  int request[kMaxParts];
+  int count;
+
+  // By one warp.
+  __device__ void collect(const PlanRow* __restrict__ plan, int parts) {
+    int found = 0;
+    for (int first = 0; first < parts; first += 32) {
+      const int p = first + threadIdx.x;
+      const bool split = p < parts && plan[p].begin_split == 1;
+      const unsigned mask = __ballot_sync(0xffffffffu, split);
+      if (split) request[found + __popc(mask & ((1u << threadIdx.x) - 1))] = plan[p].begin_request;
+      found += __popc(mask);
+    }
+    if (threadIdx.x == 0) count = found;
+  }
+};
+
+// A weighted sum of partial rows: this thread's four columns, and the sum of the weights.
+struct Weighted {
+  float4 sum;
+  float weights;
+
+  __device__ __forceinline__ void add(float weight, const float4& o, float o_weights) {
+    sum.x += weight * o.x;
+    sum.y += weight * o.y;
+    sum.z += weight * o.z;
+    sum.w += weight * o.w;
+    weights += weight * o_weights;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void store_row(const DecodeShape& shape, int request, int at_row,
+                                          int lane, const Weighted& w, float max,
+                                          T* __restrict__ out, float* __restrict__ lse) {
+  const int row = at_row % shape.rows();
+  const int head = at_row / shape.rows() * shape.group() + row % shape.group();
+  const int s = row / shape.group();
+  const int64_t query = static_cast<int64_t>(request) * shape.s_q + s;
+  const bool empty = w.weights == 0.f;  // a row with nothing to attend to gives 0
+  const float inverse = empty ? 0.f : 1.f / w.weights;
+  cutlass::NumericArrayConverter<T, float, 4> convert;
+  const auto packed =
+      convert({w.sum.x * inverse, w.sum.y * inverse, w.sum.z * inverse, w.sum.w * inverse});
+  T* to = out + (query * shape.h_q + head) * kDimV + lane * 4;
+  *reinterpret_cast<uint2*>(to) = reinterpret_cast<const uint2&>(packed);
+  if (lane == 0) {
+    const int64_t at = (static_cast<int64_t>(request) * shape.h_q + head) * shape.s_q + s;
+    lse[at] = empty ? INFINITY : (max + log2f(w.weights)) * 0.6931471805599453f;
+  }
+}
 
 // region: combine
-// One block a row of a split request: block (row, part) works if the part's first request begins
-// here for the second time, which names every split request exactly once.
+// A persistent grid over the rows of the split requests. Where there are many rows, each group of
+// 128 threads takes one; where there are few, the groups of a block share out the splits of one.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const DecodeShape shape, const PlanRow* __restrict__ plan,
                    const int* __restrict__ num_splits, const Partials partials, T* __restrict__ out,
                    float* __restrict__ lse) {
-  if (plan[blockIdx.y].begin_split != 1) return;
-  const int request = plan[blockIdx.y].begin_request;
-  const int first = num_splits[request];
-  const int splits = num_splits[request + 1] - first;
+  __shared__ SplitRequests todo;
+  __shared__ Weighted shared[kGroups][kLanes];
+  if (threadIdx.x < 32) todo.collect(plan, shape.parts);
+  __syncthreads();
+
+  const int group = threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
   const int rows = shape.h_kv * shape.rows();
-  const int64_t base = static_cast<int64_t>(first) * rows + blockIdx.x;
+  const bool share = static_cast<int64_t>(todo.count) * rows <= 2 * gridDim.x;
+  const int rows_a_unit = share ? 1 : kGroups;
+  const int units_a_request = (rows + rows_a_unit - 1) / rows_a_unit;
+  const int64_t units = static_cast<int64_t>(todo.count) * units_a_request;
+  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    const int request = todo.request[unit / units_a_request];
+    const int at_row = static_cast<int>(unit % units_a_request) * rows_a_unit + (share ? 0 : group);
+    if (at_row >= rows) continue;
+    const int first = num_splits[request];
+    const int splits = num_splits[request + 1] - first;
 
-  const float* part_lse = partials.lse + base;  // [splits], a stride of `rows`; base 2
-  float max = -INFINITY;
-  for (int k = threadIdx.x % 32; k < splits; k += 32) {
-    max = fmaxf(max, part_lse[static_cast<int64_t>(k) * rows]);
-  }
-  for (int d = 16; d > 0; d /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, d));
-  const float shift = max == -INFINITY ? 0.f : max;
+    const int64_t base = static_cast<int64_t>(first) * rows + at_row;
+    const float* part_lse = partials.lse + base;                     // [splits], strided; base 2
+    const float* part_out = partials.out + base * kDimV + lane * 4;  // [splits, 512], strided
+    float max = -INFINITY;
+    for (int k = threadIdx.x % 32; k < splits; k += 32) {
+      max = fmaxf(max, part_lse[static_cast<int64_t>(k) * rows]);
+    }
+    for (int d = 16; d > 0; d /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, d));
+    const float shift = max == -INFINITY ? 0.f : max;
 
-  const float* part_out = partials.out + base * kDimV + threadIdx.x * 4;  // [splits, 512]
-  float sum = 0.f;
-  float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+    Weighted total{make_float4(0.f, 0.f, 0.f, 0.f), 0.f};
 #pragma unroll 8
-  for (int k = 0; k < splits; ++k) {
-    const int64_t at = static_cast<int64_t>(k) * rows;
-    const float weight = exp2f(part_lse[at] - shift);
-    const float4 o = *reinterpret_cast<const float4*>(part_out + at * kDimV);
-    sum += weight;
-    total.x += weight * o.x;
-    total.y += weight * o.y;
-    total.z += weight * o.z;
-    total.w += weight * o.w;
-  }
-
-  const int hk = blockIdx.x / shape.rows();
-  const int row = blockIdx.x % shape.rows();
-  const int s = row / shape.group();
-  const int head = hk * shape.group() + row % shape.group();
-  const int64_t query = static_cast<int64_t>(request) * shape.s_q + s;
-  const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row with nothing to attend to gives 0
-  cutlass::NumericArrayConverter<T, float, 4> convert;
-  const auto packed =
-      convert({total.x * inverse, total.y * inverse, total.z * inverse, total.w * inverse});
-  T* to = out + (query * shape.h_q + head) * kDimV + threadIdx.x * 4;
-  *reinterpret_cast<uint2*>(to) = reinterpret_cast<const uint2&>(packed);
-  if (threadIdx.x == 0) {
-    const int64_t at = (static_cast<int64_t>(request) * shape.h_q + head) * shape.s_q + s;
-    lse[at] = sum == 0.f ? INFINITY : (max + log2f(sum)) * 0.6931471805599453f;
+    for (int k = share ? group : 0; k < splits; k += share ? kGroups : 1) {
+      const int64_t at = static_cast<int64_t>(k) * rows;
+      const float4 o = *reinterpret_cast<const float4*>(part_out + at * kDimV);
+      total.add(exp2f(part_lse[at] - shift), o, 1.f);
+    }
+    if (share) {
+      shared[group][lane] = total;
+      __syncthreads();
+      for (int g = 1; g < kGroups; ++g) {  // group 0 gathers in a fixed order
+        total.add(1.f, shared[g][lane].sum, shared[g][lane].weights);
+      }
+      __syncthreads();
+    }
+    if (!share || group == 0) store_row(shape, request, at_row, lane, total, max, out, lse);
   }
 }
 // endregion: combine
 
 template <class T>
 void launch(const CombineArgs& a, cudaStream_t stream) {
-  const dim3 grid(a.shape.h_kv * a.shape.rows(), a.shape.parts);
-  combine_kernel<T>
-      <<<grid, kThreads, 0, stream>>>(a.shape, reinterpret_cast<const PlanRow*>(a.plan),
-                                      a.num_splits, a.partials, static_cast<T*>(a.out), a.lse);
+  const int64_t most = static_cast<int64_t>(a.shape.h_kv) * a.shape.rows() * a.shape.parts;
+  combine_kernel<T><<<std::min<int64_t>(most, kBlocks), kThreads, 0, stream>>>(
+      a.shape, reinterpret_cast<const PlanRow*>(a.plan), a.num_splits, a.partials,
+      static_cast<T*>(a.out), a.lse);
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
 }
 

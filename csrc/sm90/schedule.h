@@ -9,6 +9,7 @@ namespace flashmla::sm90 {
 constexpr int kTileTokens = 64;    // the plan counts tiles of 64 tokens whatever the page size
 constexpr int kStartOverhead = 5;  // what starting a request is worth, in tiles
 constexpr int kSlack = 10;       // how much a part may exceed its share for requests to stay whole
+constexpr int kMaxParts = 1024;  // more than any card has SMs
 constexpr int kPlanColumns = 8;  // int32 a part in tile_scheduler_metadata
 
 // One row of tile_scheduler_metadata: the half-open range of (request, tile) of a part, in

@@ -43,6 +43,9 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
                                         const CUtensorMap& q_map, const CUtensorMap& k_map) {
   // Row tiles that share a cache fetch it into L2 ahead of time, each its share of the pieces.
   const int ahead_tiles = gridDim.x == 1 ? 0 : gridDim.x == 2 ? 2 : 3;
+  // What nobody else reads need not stay in L2.
+  const auto hint = static_cast<uint64_t>(gridDim.x == 1 ? cute::TMA::CacheHintSm90::EVICT_FIRST
+                                                         : cute::TMA::CacheHintSm90::EVICT_NORMAL);
   int tile_count = 0;
   int item_count = 0;
   WorkList list(p);
@@ -71,9 +74,8 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
         for (int i = first_piece(group); i < first_piece(group) + pieces_of(group); ++i) {
           uint64_t* full = &shared.kv_full[stage][i];
           Barrier::arrive_and_expect_tx(full, kPieceElements * sizeof(T));
-          cute::SM90_TMA_LOAD_4D::copy(
-              &k_map, full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-              shared.kv[stage] + i * kPieceElements, i * kPieceCols, 0, blockIdx.y, page);
+          cute::SM90_TMA_LOAD_4D::copy(&k_map, full, hint, shared.kv[stage] + i * kPieceElements,
+                                       i * kPieceCols, 0, blockIdx.y, page);
         }
       }
       if (ahead_tiles > 0 && j + ahead_tiles < item.tiles) {
