@@ -132,7 +132,7 @@ def _source_file(what: Any) -> str:
 
 def _label(path: Path) -> str:
     """The path as in a checkout, so that a listing reads the same on every machine."""
-    for root in (_PACKAGE.parent, _PACKAGE, _PACKAGE / "cuda"):
+    for root in (_PACKAGE, _PACKAGE / "cuda", _PACKAGE.parent):
         for top in ("flashmla", "csrc"):
             if path.resolve().is_relative_to(root / top):
                 return path.resolve().relative_to(root).as_posix()

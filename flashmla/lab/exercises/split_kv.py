@@ -23,12 +23,12 @@ def check_merge(merge: Callable[..., Any]) -> None:
     rng = np.random.default_rng(4)
     scores, values = rng.normal(size=12), rng.normal(size=(12, 8))
 
-    def state(keys: slice, shift: float = 0.0) -> tuple[np.ndarray, float]:
+    def state(keys: slice, shift: float = 0.0) -> tuple[np.ndarray, np.float64]:
         lse = np.logaddexp.reduce(scores[keys] + shift)
-        return np.exp(scores[keys] + shift - lse) @ values[keys], float(lse)
+        return np.exp(scores[keys] + shift - lse) @ values[keys], lse
 
     first, rest, whole = slice(0, 5), slice(5, 12), slice(0, 12)
-    nothing, inf = np.full(8, np.nan), np.inf
+    nothing, inf = np.full(8, np.nan), np.float64(np.inf)
     cases: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = [
         ("5 keys and 7", (*state(first), *state(rest)), state(whole)),
         ("7 keys and 5", (*state(rest), *state(first)), state(whole)),

@@ -1,0 +1,126 @@
+"""Figures are drawn from the arrays they are given: what they compute on the way is right."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from flashmla import schedule
+from flashmla.lab import figures, figures_paged_kv, figures_roofline, figures_split_kv
+from flashmla.reference import split_kv
+
+LENGTHS = ([4096], [6000, 300, 0, 2500, 40, 900], [0, 0, 0], [640] * 12, [65, 0, 10_000, 64])
+
+
+def drawn(figure) -> bool:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return len(picture.getvalue()) > 2000
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("parts", [1, 3, 8, 132])
+def test_segments_are_the_work_that_the_oracle_finds_in_the_plan(lengths, parts):
+    metadata, _ = schedule.plan(lengths, parts)
+    found = [
+        (piece.part, piece.request, piece.first_tile, piece.last_tile)
+        for piece in figures_split_kv.segments(metadata, lengths)
+    ]
+    want = [
+        (part, request, first, last)
+        for part, row in enumerate(metadata)
+        for request, (first, last) in split_kv.work_of(row, lengths).items()
+    ]
+    assert found == want
+
+
+def test_segments_hold_every_tile_once():
+    lengths = torch.tensor(LENGTHS[1], dtype=torch.int32)
+    metadata = torch.from_numpy(schedule.plan(LENGTHS[1], 8)[0])
+    tiles = sorted(
+        (piece.request, tile)
+        for piece in figures_split_kv.segments(metadata, lengths)
+        for tile in range(piece.first_tile, piece.last_tile)
+    )
+    want = [(i, t) for i, length in enumerate(LENGTHS[1]) for t in range(-(-length // 64))]
+    assert tiles == want
+
+
+def test_gantt_has_a_bar_for_every_segment_and_its_opening():
+    lengths = LENGTHS[1]
+    metadata, _ = schedule.plan(lengths, 8)
+    figure = figures_split_kv.gantt(metadata, lengths, "plan")
+    bars = figure.axes[0].patches
+    pieces = figures_split_kv.segments(metadata, lengths)
+    assert len(bars) == 2 * len(pieces)
+    widths = [bar.get_width() for bar in bars]
+    assert sum(widths) == sum(5 + piece.last_tile - piece.first_tile for piece in pieces)
+    assert drawn(figure)
+
+
+def test_split_weights_sum_to_one_and_empty_splits_weigh_nothing():
+    lse = torch.tensor([[0.0, 1.0], [0.0, float("inf")], [float("-inf"), 1.0]])
+    figure = figures_split_kv.split_weights(lse)
+    weights = figure.axes[0].images[0].get_array().T
+    np.testing.assert_allclose(weights, [[0.5, 0.5], [0.5, 0.0], [0.0, 0.5]], atol=1e-7)
+
+
+def test_parts_sweep_is_relative_to_its_first_entry():
+    figure = figures_split_kv.parts_sweep([1, 4], {"cuda": [200.0, 60.0]}, [32, 8])
+    predicted, measured = figure.axes[0].lines
+    assert list(predicted.get_ydata()) == [1.0, 0.25]
+    assert list(measured.get_ydata()) == [1.0, 0.3]
+
+
+def test_page_owners_stop_at_the_length():
+    table = torch.tensor([[3, 7, 2**31 - 1], [3, 4, -1]], dtype=torch.int32)
+    owners = figures_paged_kv.page_owners(table, torch.tensor([100, 128]), 64)
+    assert owners == {3: [(0, 64), (1, 64)], 7: [(0, 36)], 4: [(1, 64)]}
+
+
+def test_block_table_shows_the_numbers_of_live_pages_only():
+    table = np.array([[3, 7, 99], [3, 4, 99]])
+    figure = figures_paged_kv.block_table(table, np.array([100, 128]), 8, names=["a", "b"])
+    left, right = figure.axes
+    assert sorted(text.get_text() for text in left.texts) == ["3", "3", "4", "7"]
+    assert right.get_title(loc="left") == "pool of 8 pages of 64 tokens, 5 free"
+    assert drawn(figure)
+
+
+def test_roof_is_the_lower_of_two_limits():
+    roof = figures_roofline.Roof("card", flops=800e12, bandwidth=3.2e12)
+    assert roof.ridge == 250.0
+    np.testing.assert_allclose(roof.attainable(np.array([1.0, 250.0, 1e4])), [3.2e12, 8e14, 8e14])
+
+
+def test_roofline_marks_measured_and_predicted_points():
+    roof = figures_roofline.Roof("card", flops=800e12, bandwidth=3.2e12)
+    points = [figures_roofline.Point("a", 2.0, 6e12), figures_roofline.Point("b", 242.0)]
+    figure = figures_roofline.roofline([roof], points)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["a", "b"]
+    assert ([2.0], [6e12]) in [
+        (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines
+    ]
+    assert drawn(figure)
+
+
+def test_kv_bytes_are_written_beside_their_bars():
+    figure = figures.kv_bytes_per_token({"MHA": 81920, "MLA": 1152})
+    texts = [text.get_text().strip() for text in figure.axes[0].texts]
+    assert texts == ["81,920 B", "1,152 B  (71.1x less)"]
+
+
+def test_predicted_and_measured_wants_one_value_a_case():
+    with pytest.raises(ValueError, match="one entry a case each"):
+        figures.predicted_and_measured(["a"], [1.0], [1.0, 2.0], "µs", "x")
+
+
+def test_style_does_not_leak():
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    figures.heatmap(np.eye(3), "t", "r", "c")
+    assert dict(mpl.rcParams) == before
