@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
   const int group = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
   const int rows = shape.h_kv * shape.rows();
-  const bool share = static_cast<int64_t>(todo.count) * rows <= 2 * gridDim.x;
+  const bool share = static_cast<int64_t>(todo.count) * rows <= gridDim.x / 2;
   const int rows_a_unit = share ? 1 : kGroups;
   const int units_a_request = (rows + rows_a_unit - 1) / rows_a_unit;
   const int64_t units = static_cast<int64_t>(todo.count) * units_a_request;
