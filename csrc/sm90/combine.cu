@@ -74,7 +74,6 @@ __device__ __forceinline__ void store_row(const DecodeShape& shape, int request,
   }
 }
 
-// region: combine
 // A persistent grid over the rows of the split requests. Where there are many rows, each group of
 // 128 threads takes one; where there are few, the groups of a block share out the splits of one.
 template <class T>
@@ -101,6 +100,7 @@ __global__ void __launch_bounds__(kThreads)
     const int first = num_splits[request];
     const int splits = num_splits[request + 1] - first;
 
+    // region: combine
     const int64_t base = static_cast<int64_t>(first) * rows + at_row;
     const float* part_lse = partials.lse + base;                     // [splits], strided; base 2
     const float* part_out = partials.out + base * kDimV + lane * 4;  // [splits, 512], strided
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
     }
     if (!share || group == 0) store_row(shape, request, at_row, lane, total, max, out, lse);
+    // endregion: combine
   }
 }
-// endregion: combine
 
 template <class T>
 void launch(const CombineArgs& a, cudaStream_t stream) {

@@ -35,7 +35,6 @@ struct Tiles {
                                  Major::K, Major::MN>()));
 };
 
-// region: producer
 // One thread walks the work list and keeps two tiles of K on their way. A group of pieces is
 // fetched as soon as its readers have let go of what lay there before.
 template <class T>
@@ -62,6 +61,7 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
           &q_map, &shared.q_full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
           shared.q + i * kPieceElements, i * kPieceCols, blockIdx.x * kRows, head_row);
     }
+    // region: producer
     for (int j = 0; j < item.tiles; ++j, ++tile_count) {
       const int next_page = j + 1 < item.tiles ? pages[j + 1] : 0;
       const int stage = tile_count % kStages;
@@ -86,10 +86,10 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
       }
       page = next_page;
     }
+    // endregion: producer
     ++item_count;
   }
 }
-// endregion: producer
 
 // What one thread needs to know of the stretch it works on.
 struct Item {
@@ -127,7 +127,8 @@ struct Consumer {
   const int thread = threadIdx.x % 128;
   const int row = thread / 32 * 16 + thread % 32 / 4;  // and row + 8
   int tile_count = 0;
-  int item_count = 0;
+  int item_count = 0;   // of items that have tiles
+  int sums_parity = 0;  // of all items: a place for row sums is written again two items later
 
   typename Tiles<T>::Scores scores_mma;
   typename Tiles<T>::OutputFromRegisters output_mma_rs;
@@ -213,7 +214,6 @@ struct Consumer {
     }
   }
 
-  // region: consumer_loop
   // A tile whose scores the other consumer computes: take over its maximum, then O += P_j V_j, left
   // running.
   template <class Output>
@@ -252,6 +252,7 @@ struct Consumer {
     release(&shared.kv_empty[stage(j)][kMine]);
   }
 
+  // region: own_tile
   // A tile whose scores are mine, and the product with the other's tile before it, which runs under
   // the exponentials.
   template <bool kFirst, class Output, class Scores, class Probabilities>
@@ -282,6 +283,7 @@ struct Consumer {
     fence_fragment(o);
     release(&shared.kv_empty[stage(j)][kMine]);
   }
+  // endregion: own_tile
 
   __device__ __forceinline__ void run_item(const WorkItem& work) {
     using namespace cute;
@@ -295,6 +297,8 @@ struct Consumer {
     const Item it(p, work, row);
     const int n = it.tiles;
 
+    // region: consumer_loop
+    // Consumer 0 opens with tile 0; then each takes the other's tile and its own, in turn.
     if (n > 0) Barrier::wait(&shared.q_full, item_count & 1);
     if (n <= kMine && n > 0) release(&shared.q_empty);
     if (kMine == 0 && n > 0) own_tile<true>(it, 0, softmax, o, s, pr);
@@ -307,16 +311,16 @@ struct Consumer {
     // endregion: consumer_loop
 
     const RowPair mine = softmax.reduced_sum();
-    const int parity = item_count & 1;
     if (thread % 4 == 0) {
-      for (int h = 0; h < 2; ++h) shared.row_sum[parity][kMine][row + 8 * h] = mine.v[h];
+      for (int h = 0; h < 2; ++h) shared.row_sum[sums_parity][kMine][row + 8 * h] = mine.v[h];
     }
     cutlass::arch::NamedBarrier::sync(kConsumerThreads, kRowSums);
     RowPair total;
     for (int h = 0; h < 2; ++h) {
-      total.v[h] = mine.v[h] + shared.row_sum[parity][kOther][row + 8 * h];
+      total.v[h] = mine.v[h] + shared.row_sum[sums_parity][kOther][row + 8 * h];
     }
     store_result<T, kMine>(p, work, row, o, softmax.max, total);
+    sums_parity ^= 1;
     tile_count += n;
     if (n > 0) ++item_count;
   }

@@ -38,6 +38,7 @@ struct OnlineSoftmax {
     }
   }
 
+  // region: softmax_step
   // Turns scores into probabilities relative to the new maximum, in place, and returns what
   // everything accumulated before must be multiplied by.
   template <class Scores>
@@ -71,6 +72,7 @@ struct OnlineSoftmax {
     }
     return alpha;
   }
+  // endregion: softmax_step
 
   // The other warpgroup did a step: take over its maximum.
   __device__ __forceinline__ void follow(const RowPair& new_max, const RowPair& alpha) {
