@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from flashmla.lab.figures import INK, PALE, TIER_COLOURS, canvas, style
 
@@ -14,21 +16,32 @@ __all__ = ["attention_maps", "online_walk", "score_range", "time_by_rows"]
 
 
 def attention_maps(maps: np.ndarray, letters: str, title: str) -> Figure:
-    """Attention of each head over a short text: maps [h, s, s], rows queries, columns keys.
+    """Causal attention of each head over a short text: maps [h, s, s], rows queries, columns keys.
 
-    ``letters`` are the s characters that stand at both axes.
+    ``letters`` are the s characters that stand under the keys. What a query may not see is grey,
+    which no weight is.
     """
     h, s, _ = maps.shape
     norm = PowerNorm(0.5, vmin=0, vmax=1)  # the square root: small weights are to be seen too
+    colours = colormaps["magma_r"].copy()
+    colours.set_bad("#cbd5e1")
+    future = np.triu(np.ones((s, s), dtype=bool), k=1)
     shown = ["·" if letter.isspace() else letter for letter in letters]
     with style():
         figure, panels = canvas(2.55 * h, 2.9, columns=h)
         for head, axes in enumerate(panels):
-            axes.imshow(maps[head], cmap="magma_r", norm=norm, interpolation="nearest")
+            axes.imshow(
+                np.ma.masked_where(future, maps[head]),
+                cmap=colours,
+                norm=norm,
+                interpolation="nearest",
+            )
             axes.set_title(f"head {head}")
             axes.set_xticks(range(s), shown, fontsize=5.5)
-            axes.set_yticks(range(s), shown if head == 0 else [], fontsize=5.5)
+            axes.set_yticks([])
+            axes.set_xlabel("key")
             axes.tick_params(length=0, pad=1)
+        panels[0].set_ylabel("query")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
     return figure
 
@@ -51,7 +64,7 @@ def online_walk(scores: np.ndarray, block: int) -> Figure:
         for end in ends[:-1]:
             axes.axvline(end - 0.5, color=INK, linewidth=0.3, alpha=0.5)
         axes.set(xlabel="key", ylabel="scaled score", title=f"One query, blocks of {block} keys")
-        axes.legend(loc="lower right", fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -66,7 +79,7 @@ def score_range(scores: np.ndarray, limits: dict[str, float]) -> Figure:
         for (name, limit), line in zip(limits.items(), ("--", ":"), strict=False):
             axes.axvline(limit, color="#b91c1c", linestyle=line, label=f"exp overflows {name}")
         axes.set(xlabel="scaled score", ylabel="pairs", title="Scores of the real activations")
-        axes.legend(loc="upper right", fontsize=8)
+        axes.legend(loc="upper center", fontsize=8)
     return figure
 
 
@@ -88,6 +101,9 @@ def time_by_rows(
         axes.plot(rows, measured_us, "o-", color=TIER_COLOURS[tier], label=f"measured, {tier}")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set(xlabel=xlabel, ylabel="µs a call", title=title)
         axes.set_xticks(rows, [f"{row:g}" for row in rows])
         axes.grid()

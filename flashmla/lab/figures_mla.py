@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from flashmla.lab.figures import INK, TIER_COLOURS, canvas, style
 
-__all__ = ["operations_by_queries", "rotation", "spectrum"]
+__all__ = ["operations_by_queries", "rotation", "shares", "spectrum"]
 
 EXPANDED, ABSORBED = TIER_COLOURS["peer"], TIER_COLOURS["cuda"]
 
@@ -41,7 +41,7 @@ def rotation(distance: np.ndarray, turned: np.ndarray, plain: float) -> Figure:
         axes.axhline(plain, color=INK, linewidth=0.8, linestyle="--", label="not rotated")
         axes.set(xlabel="distance between query and key, tokens", ylabel="q · k")
         axes.set_title("A rotated pair knows its distance and nothing else of its places")
-        axes.legend(loc="upper right", fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
@@ -59,4 +59,17 @@ def operations_by_queries(
         axes.set_title("Operations a cached token and head")
         axes.grid()
         axes.legend(loc="upper left")
+    return figure
+
+
+def shares(percent: Mapping[str, float], title: str) -> Figure:
+    """Bars of the share of the predicted speed that was reached, by case, in per cent."""
+    with style():
+        figure, (axes,) = canvas(7.2, 1.1 + 0.26 * len(percent))
+        bars = axes.barh(list(percent), list(percent.values()), 0.66, color=TIER_COLOURS["cuda"])
+        axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
+        axes.axvline(100, color=INK, linewidth=0.8, linestyle="--")
+        axes.invert_yaxis()
+        axes.set(xlabel="% of the predicted speed", title=title)
+        axes.set_xlim(0, max(112, 1.12 * max(percent.values())))
     return figure
