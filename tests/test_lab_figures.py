@@ -68,11 +68,12 @@ def test_split_weights_sum_to_one_and_empty_splits_weigh_nothing():
     np.testing.assert_allclose(weights, [[0.5, 0.5], [0.5, 0.0], [0.0, 0.5]], atol=1e-7)
 
 
-def test_parts_sweep_is_relative_to_its_first_entry():
-    figure = figures_split_kv.parts_sweep([1, 4], {"cuda": [200.0, 60.0]}, [32, 8])
+def test_parts_sweep_is_in_microseconds():
+    figure = figures_split_kv.parts_sweep([1, 4], {"cuda": [200.0, 60.0]}, [190.0, 50.0])
     predicted, measured = figure.axes[0].lines
-    assert list(predicted.get_ydata()) == [1.0, 0.25]
-    assert list(measured.get_ydata()) == [1.0, 0.3]
+    assert list(predicted.get_ydata()) == [190.0, 50.0]
+    assert list(measured.get_ydata()) == [200.0, 60.0]
+    assert drawn(figure)
 
 
 def test_page_owners_stop_at_the_length():
@@ -88,6 +89,17 @@ def test_block_table_shows_the_numbers_of_live_pages_only():
     assert sorted(text.get_text() for text in left.texts) == ["3", "3", "4", "7"]
     assert right.get_title(loc="left") == "pool of 8 pages of 64 tokens, 5 free"
     assert drawn(figure)
+
+
+def test_a_request_keeps_its_colour_and_a_page_of_one_token_is_seen():
+    lengths = np.array([65, 64])
+    figure = figures_paged_kv.block_table([[0, 1], [2, 0]], lengths, 3, colours=[4, 0])
+    pool = figure.axes[1].patches
+    filled = [patch for patch in pool if patch.get_linewidth() == 0]
+    first, last, other = filled
+    assert first.get_facecolor() == last.get_facecolor() == figures.request_colour(4)
+    assert other.get_facecolor() == figures.request_colour(0)
+    assert last.get_width() == pytest.approx(0.9 * 0.08)
 
 
 def test_roof_is_the_lower_of_two_limits():
@@ -111,6 +123,8 @@ def test_kv_bytes_are_written_beside_their_bars():
     figure = figures.kv_bytes_per_token({"MHA": 81920, "MLA": 1152})
     texts = [text.get_text().strip() for text in figure.axes[0].texts]
     assert texts == ["81,920 B", "1,152 B  (71.1x less)"]
+    figure = figures.kv_bytes_per_token({"MHA": 81920, "MQA": 640})
+    assert figure.axes[0].texts[1].get_text().strip() == "640 B  (128x less)"
 
 
 def test_predicted_and_measured_wants_one_value_a_case():

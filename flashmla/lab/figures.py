@@ -102,7 +102,8 @@ def kv_bytes_per_token(layouts: Mapping[str, int], title: str | None = None) -> 
         for row, value in enumerate(values):
             times = f"  {value:,.0f} B"
             if 0 < value < values.max():
-                times += f"  ({values.max() / value:.1f}x less)"
+                ratio = f"{values.max() / value:.1f}".removesuffix(".0")
+                times += f"  ({ratio}x less)"
             axes.text(value, row, times, va="center", fontsize=9)
         axes.invert_yaxis()
         axes.set_xlim(0, values.max() * 1.28)

@@ -14,6 +14,8 @@ from flashmla.lab.figures import INK, PALE, TIER_COLOURS, canvas, request_colour
 
 __all__ = ["block_table", "page_owners", "page_size_trade_off", "reserved_and_used"]
 
+Colour = tuple[float, float, float, float]
+
 
 def page_owners(table: Any, lengths: Any, page_size: int) -> dict[int, list[tuple[int, int]]]:
     """Who reads each page: page -> [(request, tokens of the page it holds)], from real tensors.
@@ -38,33 +40,43 @@ def block_table(
     num_blocks: int,
     page_size: int = 64,
     names: Sequence[str] | None = None,
+    colours: Sequence[int] | None = None,
 ) -> Figure:
     """The table on the left, the pool of pages on the right, exactly as the tensors say.
 
-    A page is filled as far as it holds tokens; one that several requests share is striped.
+    A page is filled as far as it holds tokens; one that several requests share
+    has a stripe of each one's colour.
 
     Args:
         table: [b, max_blocks] int32; lengths: [b] int32; num_blocks: pages in the pool.
         names: what to call each request; by default its number.
+        colours: number of each request's colour, such as the cache's own name of it, so that it
+            stays from figure to figure; by default its place in the table.
     """
     table, lengths = to_numpy(table), to_numpy(lengths)
     names = names or [f"request {request}" for request in range(len(lengths))]
+    paint = [request_colour(number) for number in colours or range(len(lengths))]
     with style():
         figure, (left, right) = canvas(9.0, max(2.2, 0.5 + 0.42 * len(lengths)), columns=2)
-        _draw_table(left, table, lengths, page_size, names)
-        _draw_pool(right, page_owners(table, lengths, page_size), num_blocks, page_size)
+        _draw_table(left, table, lengths, page_size, names, paint)
+        _draw_pool(right, page_owners(table, lengths, page_size), num_blocks, page_size, paint)
     return figure
 
 
 def _draw_table(
-    axes: Axes, table: np.ndarray, lengths: np.ndarray, page: int, names: Sequence[str]
+    axes: Axes,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    page: int,
+    names: Sequence[str],
+    paint: Sequence[Colour],
 ) -> None:
     used = -(-lengths // page)
     columns = int(max(used.max(initial=1), 1))
     for request, count in enumerate(used.tolist()):
         for logical in range(columns):
             live = logical < count
-            colour = request_colour(request) if live else "white"
+            colour = paint[request] if live else "white"
             axes.add_patch(Rectangle((logical, request), 0.92, 0.86, fc=colour, ec=PALE))
             if live:
                 text = str(table[request, logical])
@@ -79,7 +91,11 @@ def _draw_table(
 
 
 def _draw_pool(
-    axes: Axes, owners: dict[int, list[tuple[int, int]]], blocks: int, page: int
+    axes: Axes,
+    owners: dict[int, list[tuple[int, int]]],
+    blocks: int,
+    page: int,
+    paint: Sequence[Colour],
 ) -> None:
     across = int(np.ceil(np.sqrt(blocks * 2)))
     for block in range(blocks):
@@ -89,8 +105,9 @@ def _draw_pool(
         for stripe, (request, tokens) in enumerate(held):
             height = 0.86 / len(held)
             corner = (column, row + stripe * height)
-            colour = request_colour(request)
-            axes.add_patch(Rectangle(corner, 0.9 * tokens / page, height, fc=colour, lw=0))
+            # A page of one token must not look like an empty one.
+            width = 0.9 * max(tokens / page, 0.08)
+            axes.add_patch(Rectangle(corner, width, height, fc=paint[request], lw=0))
         axes.text(column + 0.45, row + 0.45, str(block), ha="center", va="center", fontsize=7.5)
     axes.set(xlim=(0, across), ylim=(-(-blocks // across), 0), xticks=[], yticks=[])
     free = blocks - len(owners)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -55,7 +56,7 @@ def roofline(roofs: Sequence[Roof], points: Sequence[Point], title: str = "") ->
     floor = min(rates + [float(roof.attainable(span[0])) for roof in roofs]) / 2
     with style():
         figure, (axes,) = canvas(7.4, 4.2)
-        for roof, line in zip(roofs, ("-", "--", ":"), strict=False):
+        for roof, line in zip(roofs, cycle(("-", "--", ":")), strict=False):
             axes.plot(span, roof.attainable(span), line, color=INK, label=roof.label)
             axes.plot([roof.ridge], [roof.flops], "|", color=INK, markersize=12)
         for point in points:
@@ -78,7 +79,8 @@ def roofline(roofs: Sequence[Roof], points: Sequence[Point], title: str = "") ->
         axes.set_ylim(bottom=floor)
         axes.set(xlabel="arithmetic intensity, operations a byte", ylabel="operations a second")
         axes.grid(which="major")
-        axes.legend(loc="upper left")
+        # Below the axes: dots and labels may stand anywhere on them.
+        figure.legend(loc="outside lower center", ncols=2 if len(roofs) > 1 else 1, fontsize=8.5)
     return figure
 
 

@@ -95,21 +95,20 @@ def split_weights(lse: Any, title: str = "") -> Figure:
 def parts_sweep(
     parts: Sequence[int], measured: Mapping[str, Sequence[float]], predicted: Sequence[float]
 ) -> Figure:
-    """Time against the number of parts, as a share of what the first entry takes.
+    """Time against the number of parts, both axes logarithmic.
 
     Args:
-        parts: numbers of parts; predicted: the plan's longest part, in tiles.
+        parts: numbers of parts; predicted: microseconds a call, one a number of parts.
         measured: tier -> microseconds a call; may be empty.
     """
     with style():
         figure, (axes,) = canvas(7.2, 3.2)
-        share = np.asarray(predicted) / predicted[0]
-        axes.plot(parts, share, "--", color=INK, label="longest part, predicted")
+        axes.plot(parts, predicted, "--", color=INK, label="predicted")
         for tier, times in measured.items():
-            share = np.asarray(times) / times[0]
-            axes.plot(parts, share, "o-", color=TIER_COLOURS[tier], label=f"{tier} tier, measured")
-        axes.set(xlabel="parts", xscale="log", yscale="log")
-        axes.set_ylabel(f"time, {parts[0]} part{'s' if parts[0] > 1 else ''} = 1")
+            axes.plot(parts, times, "o-", color=TIER_COLOURS[tier], label=f"{tier} tier, measured")
+        axes.set(xlabel="parts", ylabel="µs a call", xscale="log", yscale="log")
+        axes.set_xticks(list(parts), [str(number) for number in parts])
+        axes.minorticks_off()
         axes.grid()
-        axes.legend(loc="lower left")
+        axes.legend(loc="best")
     return figure
