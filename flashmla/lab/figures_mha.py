@@ -28,7 +28,7 @@ def attention_maps(maps: np.ndarray, letters: str, title: str) -> Figure:
     future = np.triu(np.ones((s, s), dtype=bool), k=1)
     shown = ["·" if letter.isspace() else letter for letter in letters]
     with style():
-        figure, panels = canvas(2.55 * h, 2.9, columns=h)
+        figure, panels = canvas(2.55 * h, 3.2, columns=h)
         for head, axes in enumerate(panels):
             axes.imshow(
                 np.ma.masked_where(future, maps[head]),
