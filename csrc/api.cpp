@@ -99,12 +99,13 @@ void dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
   a.k_stride_head = k_cache.stride(2);
   a.block_table = data<int>(block_table);
   a.block_table_stride = block_table.stride(0);
+  a.max_blocks = size32(block_table, 1);
   a.cache_seqlens = data<int>(cache_seqlens);
   a.plan = data<int>(plan);
   a.num_splits = data<int>(num_splits);
   a.out = data<void>(out);
   a.lse = data<float>(lse);
-  a.partials = {data<float>(out_partial), data<float>(lse_partial)};
+  a.partials = {data<float>(out_partial), data<float>(lse_partial), size32(out_partial, 0)};
 
   const DeviceGuard guard(q.device());
   sm90::launch_dense_decode(a, guard.stream());
@@ -117,6 +118,10 @@ void dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
 // out_* [rows, d]; lse_* [rows] float32
 void merge_state(TensorView out_a, TensorView lse_a, TensorView out_b, TensorView lse_b,
                  TensorView out, TensorView lse) {
+  for (const TensorView& t : {out_a, lse_a, out_b, lse_b, out, lse}) {
+    require(t.IsContiguous() && reinterpret_cast<uintptr_t>(data<char>(t)) % 4 == 0,
+            "merge_state takes contiguous tensors");
+  }
   const auto element = out.dtype().bits == 32 ? sm90::Element::kFp32
                        : is_bf16(out)         ? sm90::Element::kBf16
                                               : sm90::Element::kFp16;

@@ -7,7 +7,6 @@ import importlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -190,15 +189,11 @@ def _build(options: argparse.Namespace) -> int:
     from flashmla.cuda import build
 
     try:
-        library = Path(build.build(verbose=options.verbose))
+        make = build.prebuild if options.prebuilt else build.build
+        print(make(verbose=options.verbose))
     except (OSError, RuntimeError) as error:
         print(f"flashmla build: {error}", file=sys.stderr)
         return 1
-    print(library)
-    if options.prebuilt:
-        folder = Path(build.__file__).parent / "prebuilt"
-        folder.mkdir(exist_ok=True)
-        print(shutil.copy2(library, folder / library.name))
     return 0
 
 

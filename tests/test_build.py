@@ -13,7 +13,7 @@ from flashmla.cuda import library
 
 NVCC = """#!/bin/sh
 echo "$@" >> {log}
-[ "$1" = --version ] && {{ echo "cuda release"; echo "Build {version}"; exit 0; }}
+[ "$1" = --version ] && {{ echo "cuda release {version}"; echo "Build {version}"; exit 0; }}
 for a in "$@"; do last=$a; done
 case "$*" in *broken.cu*) echo "broken.cu(3): error: no such thing" >&2; exit 1;; esac
 case "$*" in *slow.cu*) echo "wgmma.mma_async instructions are serialized" >&2;; esac
@@ -85,8 +85,47 @@ def test_another_compiler_compiles_again(project: Path, monkeypatch: pytest.Monk
     builder.build()
     compiled(project)
     install_nvcc(project, "13.1", monkeypatch)
+    assert builder.library_path() is None, "first use must not take the other compiler's library"
     builder.build()
     assert compiled(project) == ["api.cpp", "one.cu", "two.cu"]
+
+
+def test_an_old_compiler_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvcc(project, "12.4", monkeypatch)
+    assert library.available()[0] is False
+    with pytest.raises(builder.BuildError, match=r"is of CUDA 12\.4; 12\.8 or later is needed"):
+        builder.build()
+
+
+def test_a_failed_build_is_not_tried_at_every_call(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_failed", "")
+    (project / "csrc" / "sm90" / "broken.cu").write_text("nonsense\n")
+    for _ in range(2):
+        with pytest.raises(builder.BuildError, match="no such thing"):
+            library.load()
+    assert compiled(project).count("broken.cu") == 1
+    assert library.available()[0] is False
+
+
+def test_prebuilding_leaves_one_library_that_is_found(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = project / "prebuilt"
+    folder.mkdir()
+    (folder / "libflashmla-old.so").write_text("")
+    monkeypatch.setattr(builder, "_PREBUILT", folder)
+    path = builder.prebuild()
+    assert list(folder.iterdir()) == [path]
+    assert builder.library_path() == path
+
+
+def test_a_cache_that_cannot_be_written(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "file").write_text("")
+    monkeypatch.setenv("FLASHMLA_CACHE_DIR", str(project / "file" / "cache"))
+    with pytest.raises(builder.BuildError, match="cannot be written"):
+        builder.build()
 
 
 def test_a_failing_compilation_says_what_nvcc_said(project: Path) -> None:
@@ -106,7 +145,8 @@ def test_serialised_matrix_products_are_an_error(project: Path) -> None:
 
 def test_no_compiler(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "find_nvcc", lambda: None)
-    assert library.available() == (False, "no built library and no nvcc to build one")
+    available, reason = library.available()
+    assert not available and reason.startswith("no built library, and no nvcc: set CUDA_HOME")
     with pytest.raises(builder.BuildError, match="no nvcc: set CUDA_HOME"):
         builder.build()
 
@@ -121,7 +161,8 @@ def test_a_library_built_elsewhere_needs_no_compiler(
 
 def test_no_cutlass(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "find_cutlass", lambda: None)
-    assert library.available() == (False, "no built library and no CUTLASS headers to build one")
+    available, reason = library.available()
+    assert not available and reason.startswith("no built library, and no CUTLASS headers")
     with pytest.raises(builder.BuildError, match="no CUTLASS headers: pip install --no-deps"):
         builder.build()
 

@@ -50,7 +50,8 @@ CUtensorMap make_tensor_map_16bit(const void* base, bool is_bf16,
     dims[i] = shape[i];
     extent[i] = box[i];
     step[i] = 1;
-    if (i + 1 < Rank) bytes[i] = strides[i] * 2;
+    // The stride of a dimension of one is never used, and may be anything in the caller's tensor.
+    if (i + 1 < Rank) bytes[i] = (shape[i + 1] == 1 ? shape[0] : strides[i]) * 2;
   }
   CUtensorMap map;
   const CUresult status = encode_tiled()(

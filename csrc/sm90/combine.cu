@@ -26,13 +26,15 @@ struct SplitRequests {
   int count;
 
   // By one warp.
-  __device__ void collect(const PlanRow* __restrict__ plan, int parts) {
+  __device__ void collect(const PlanRow* __restrict__ plan, int parts, int batch) {
     int found = 0;
     for (int first = 0; first < parts; first += 32) {
       const int p = first + threadIdx.x;
-      const bool split = p < parts && plan[p].begin_split == 1;
+      const PlanRow row = p < parts ? plan[p] : PlanRow{};
+      const bool split =
+          row.begin_split == 1 && row.begin_request >= 0 && row.begin_request < batch;
       const unsigned mask = __ballot_sync(0xffffffffu, split);
-      if (split) request[found + __popc(mask & ((1u << threadIdx.x) - 1))] = plan[p].begin_request;
+      if (split) request[found + __popc(mask & ((1u << threadIdx.x) - 1))] = row.begin_request;
       found += __popc(mask);
     }
     if (threadIdx.x == 0) count = found;
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
                    float* __restrict__ lse) {
   __shared__ SplitRequests todo;
   __shared__ Weighted shared[kGroups][kLanes];
-  if (threadIdx.x < 32) todo.collect(plan, shape.parts);
+  if (threadIdx.x < 32) todo.collect(plan, shape.parts, shape.batch);
   __syncthreads();
 
   const int group = threadIdx.x / kLanes;
@@ -97,8 +99,8 @@ __global__ void __launch_bounds__(kThreads)
     const int request = todo.request[unit / units_a_request];
     const int at_row = static_cast<int>(unit % units_a_request) * rows_a_unit + (share ? 0 : group);
     if (at_row >= rows) continue;
-    const int first = num_splits[request];
-    const int splits = num_splits[request + 1] - first;
+    const int first = max(0, num_splits[request]);
+    const int splits = min(num_splits[request + 1], partials.slots) - first;
 
     // region: combine
     const int64_t base = static_cast<int64_t>(first) * rows + at_row;

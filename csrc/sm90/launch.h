@@ -33,6 +33,7 @@ struct DecodeShape {
 struct Partials {
   float* out;
   float* lse;
+  int slots;  // a plan that does not fit the batch writes to none beyond
 };
 
 struct DenseDecodeArgs {
@@ -47,6 +48,7 @@ struct DenseDecodeArgs {
   int pages;
   const int* block_table;  // [batch, max_blocks]
   int64_t block_table_stride;
+  int max_blocks;
   const int* cache_seqlens;  // [batch]
   const int* plan;           // [parts, 8]
   const int* num_splits;     // [batch + 1]

@@ -14,7 +14,7 @@ constexpr int kPlanColumns = 8;  // int32 a part in tile_scheduler_metadata
 
 // One row of tile_scheduler_metadata: the half-open range of (request, tile) of a part, in
 // lexicographic order, and which split of its first request the part computes.
-struct alignas(32) PlanRow {
+struct alignas(16) PlanRow {
   int begin_request;
   int begin_tile;
   int end_request;  // not touched when end_tile is 0

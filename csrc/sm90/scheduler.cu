@@ -6,6 +6,7 @@
 // overhead moves to the request's first tile, so a request is never split for less than a tile.
 // Where moving every cut to the nearest start of a request costs little balance, that is done, and
 // nothing is split.
+#include <climits>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
@@ -28,6 +29,11 @@ struct Cut {
   int request;
   int tile;
 };
+
+// Places of one request on the line. Capped so that garbage lengths cannot overflow the line's.
+__device__ int places_of(int seqlen, int batch) {
+  return min(kStartOverhead + tiles_of(seqlen), INT_MAX / batch);
+}
 
 // region: cut
 // The line of all requests: starts[r] = C_r for r in [0, batch], starts[batch] = length.
@@ -80,13 +86,13 @@ __global__ void __launch_bounds__(kThreads)
   const int last = min(batch, first + per_thread);
 
   int sum = 0;
-  for (int r = first; r < last; ++r) sum += kStartOverhead + tiles_of(cache_seqlens[r]);
+  for (int r = first; r < last; ++r) sum += places_of(cache_seqlens[r], batch);
   int start, length;
   Scan(scan_storage).ExclusiveSum(sum, start, length);
   if (threadIdx.x == 0) num_splits[0] = 0;
   const int first_start = start;
   for (int r = first; r < last; ++r) {
-    start += kStartOverhead + tiles_of(cache_seqlens[r]);
+    start += places_of(cache_seqlens[r], batch);
     num_splits[r + 1] = start;
   }
   __syncthreads();

@@ -1,15 +1,18 @@
 """Builds ``csrc/`` into one shared library: at first use, ahead of time, and for the wheel.
 
 Each translation unit is compiled to an object that is kept under a name made of everything that
-went into it: its text, the headers of ours that it includes, the compiler, CUTLASS and the flags.
-An edited kernel therefore rebuilds itself and nothing else. The library's name is made of the
-sources and flags alone, so that a machine without a compiler accepts one that was built elsewhere.
+went into it: its text, the headers of ours that it includes, the compiler, CUTLASS, tvm-ffi and
+the flags. An edited kernel therefore rebuilds itself and nothing else. A cached library is named
+after the sources and the toolchain; a machine without a toolchain takes any that was made from
+these sources, the wheel's first.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -29,7 +32,9 @@ __all__ = [
     "find_cutlass",
     "find_nvcc",
     "library_path",
+    "prebuild",
     "source_folder",
+    "toolchain_problem",
 ]
 
 FLAGS = (
@@ -42,6 +47,7 @@ FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-DNDEBUG",
 )
+OLDEST_CUDA = (12, 8)
 MEMORY_PER_JOB = 3 << 30
 """What compiling a large kernel takes at its worst, in bytes."""
 
@@ -102,8 +108,28 @@ def find_cutlass() -> Path | None:
 
 def compiler_version(nvcc: Path) -> str:
     """The line of ``nvcc --version`` that names the build."""
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return text.strip().splitlines()[-1]
+    return _version_text(nvcc, nvcc.stat().st_mtime_ns).splitlines()[-1]
+
+
+def toolchain_problem() -> str:
+    """Why nothing can be built here; empty if it can."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "no nvcc: set CUDA_HOME, or install CUDA 12.8 or later"
+    text = _version_text(nvcc, nvcc.stat().st_mtime_ns)
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    if release is None:
+        return f"{nvcc} --version names no release"
+    if (int(release[1]), int(release[2])) < OLDEST_CUDA:
+        return f"{nvcc} is of CUDA {release[1]}.{release[2]}; 12.8 or later is needed"
+    if find_cutlass() is None:
+        return (
+            "no CUTLASS headers: pip install --no-deps nvidia-cutlass==4.2.0.0, conda install "
+            "cutlass, or set CUTLASS_PATH"
+        )
+    if importlib.util.find_spec("tvm_ffi") is None:
+        return "no tvm-ffi: pip install apache-tvm-ffi"
+    return ""
 
 
 def library_path() -> Path | None:
@@ -116,9 +142,23 @@ def library_path() -> Path | None:
         if not Path(named).is_file():
             raise BuildError(f"FLASHMLA_LIBRARY={named}: no such file")
         return Path(named)
-    name = _library_name()
-    folders = (_PREBUILT, cache_folder() / "lib")
-    return next((f / name for f in folders if (f / name).is_file()), None)
+    sources = _sources_digest()
+    folder = cache_folder() / "lib"
+    if not toolchain_problem():
+        found = [folder / f"libflashmla-{sources}-{_toolchain_digest()}.so"]
+    else:
+        found = sorted(folder.glob(f"libflashmla-{sources}-*.so"))
+    candidates = [_PREBUILT / f"libflashmla-{sources}.so", *found]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def prebuild(verbose: bool = False) -> Path:
+    """Build, and put the library where a wheel takes it from, in place of any older one."""
+    library = build(verbose)
+    _PREBUILT.mkdir(exist_ok=True)
+    for old in _PREBUILT.glob("*.so"):
+        old.unlink()
+    return Path(shutil.copy2(library, _PREBUILT / f"libflashmla-{_sources_digest()}.so"))
 
 
 def build(verbose: bool = False) -> Path:
@@ -134,11 +174,14 @@ def build(verbose: bool = False) -> Path:
         BuildError: no nvcc (CUDA 12.8 or later), no CUTLASS headers, no tvm-ffi, or a failing
             compilation, with nvcc's message.
     """
-    nvcc, cutlass = _tools()
+    problem = toolchain_problem()
+    nvcc, cutlass = find_nvcc(), find_cutlass()
+    if problem or nvcc is None or cutlass is None:
+        raise BuildError(problem)
     flags = _flags(cutlass)
-    target = cache_folder() / "lib" / _library_name()
+    toolchain = _toolchain_digest()
+    target = cache_folder() / "lib" / f"libflashmla-{_sources_digest()}-{toolchain}.so"
     objects = cache_folder() / "obj"
-    toolchain = _digest(compiler_version(nvcc), (cutlass / "cutlass" / "version.h").read_text())
     units = _translation_units()
     jobs = [(unit, objects / f"{unit.stem}-{_unit_key(unit, toolchain)}.o") for unit in units]
     with _lock(cache_folder()):
@@ -153,17 +196,20 @@ def build(verbose: bool = False) -> Path:
     return target
 
 
-def _tools() -> tuple[Path, Path]:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise BuildError("no nvcc: set CUDA_HOME, or install CUDA 12.8 or later")
-    cutlass = find_cutlass()
-    if cutlass is None:
-        raise BuildError(
-            "no CUTLASS headers: pip install --no-deps nvidia-cutlass==4.2.0.0, conda install "
-            "cutlass, or set CUTLASS_PATH"
-        )
-    return nvcc, cutlass
+@functools.cache
+def _version_text(nvcc: Path, changed: int) -> str:
+    result = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise BuildError(f"{nvcc} --version failed: {result.stderr}")
+    return result.stdout.strip()
+
+
+def _toolchain_digest() -> str:
+    """What the objects depend on beside our sources and flags."""
+    nvcc, cutlass = find_nvcc(), find_cutlass()
+    assert nvcc is not None and cutlass is not None
+    headers = (cutlass / "cutlass" / "version.h").read_text(encoding="utf-8")
+    return _digest(compiler_version(nvcc), headers, importlib.metadata.version("apache-tvm-ffi"))
 
 
 def _flags(cutlass: Path) -> list[str]:
@@ -210,24 +256,24 @@ def _link(nvcc: Path, objects: list[Path], target: Path) -> None:
 
 
 def _parallel_jobs() -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(os.cpu_count() or 1, int(memory // MEMORY_PER_JOB)))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), int(memory // MEMORY_PER_JOB)))
 
 
 def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:20]
 
 
-def _library_name() -> str:
+def _sources_digest() -> str:
     folder = source_folder()
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".cu", ".cuh", ".cpp", ".h"))
-    texts = [f"{p.relative_to(folder)}\0{p.read_text()}" for p in files]
-    return f"libflashmla-{_digest(*FLAGS, *texts)}.so"
+    texts = [f"{p.relative_to(folder)}\0{p.read_text(encoding='utf-8')}" for p in files]
+    return _digest(*FLAGS, *texts)
 
 
 def _unit_key(unit: Path, toolchain: str) -> str:
     files = sorted(_closure(unit))
-    return _digest(toolchain, *FLAGS, unit.name, *(p.read_text() for p in files))
+    return _digest(toolchain, *FLAGS, unit.name, *(p.read_text(encoding="utf-8") for p in files))
 
 
 def _closure(unit: Path) -> set[Path]:
@@ -239,7 +285,7 @@ def _closure(unit: Path) -> set[Path]:
         if path in seen:
             continue
         seen.add(path)
-        for name in _INCLUDE.findall(path.read_text()):
+        for name in _INCLUDE.findall(path.read_text(encoding="utf-8")):
             header = (path.parent / name).resolve()
             if header.is_file():
                 todo.append(header)
@@ -249,7 +295,11 @@ def _closure(unit: Path) -> set[Path]:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """One build at a time for a cache: the processes of a job share it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "build.lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "build.lock", "w")
+    except OSError as error:
+        raise BuildError(f"the cache {folder} cannot be written: {error}") from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

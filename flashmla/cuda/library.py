@@ -11,6 +11,8 @@ from flashmla.cuda import build as builder
 
 __all__ = ["available", "load"]
 
+_failed = ""  # what a build in this process failed of: it is not tried at every call
+
 
 def available() -> tuple[bool, str]:
     """Whether the kernels can be had on this machine, and why or from where."""
@@ -21,11 +23,8 @@ def available() -> tuple[bool, str]:
         builder.source_folder()
     except builder.BuildError as error:
         return False, str(error)
-    if builder.find_nvcc() is None:
-        return False, "no built library and no nvcc to build one"
-    if builder.find_cutlass() is None:
-        return False, "no built library and no CUTLASS headers to build one"
-    return True, "built at first use"
+    problem = _failed or builder.toolchain_problem()
+    return (False, f"no built library, and {problem}") if problem else (True, "built at first use")
 
 
 def load() -> Any:
@@ -41,5 +40,14 @@ def load() -> Any:
 def _load(named: str | None, cache: str | None) -> Any:
     import tvm_ffi
 
-    path: Path = builder.library_path() or builder.build()
+    global _failed
+    path: Path | None = builder.library_path()
+    if path is None:
+        if _failed:
+            raise builder.BuildError(_failed)
+        try:
+            path = builder.build()
+        except builder.BuildError as error:
+            _failed = str(error)
+            raise
     return tvm_ffi.load_module(str(path))

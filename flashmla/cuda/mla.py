@@ -15,6 +15,7 @@ __all__ = ["dense_decode"]
 PAGE = 64
 HEAD_DIM_QK = 576
 HEAD_DIM_V = 512
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-125, 2.0**125
 ALIGNMENT = 8
 """What the copy engine wants of addresses and strides, in 16-bit elements (16 bytes)."""
 
@@ -68,8 +69,14 @@ def _packed_rows(q: Tensor, h_kv: int) -> Tensor:
     if h_kv > 1:
         q = q.view(b, s_q, h_kv, h_q // h_kv, d).transpose(1, 2)
     rows = q.reshape(b * h_kv, -1, d)
-    aligned = rows.data_ptr() % 16 == 0 and all(s % ALIGNMENT == 0 for s in rows.stride()[:2])
+    aligned = rows.data_ptr() % 16 == 0 and not _bad_strides(rows)
     return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
+
+
+def _bad_strides(x: Tensor) -> list[int]:
+    """Strides that the copy engine does not take: odd ones, and 0, which says "the same again"."""
+    sizes = zip(x.shape[:-1], x.stride()[:-1])
+    return [stride for size, stride in sizes if size > 1 and (stride == 0 or stride % ALIGNMENT)]
 
 
 def supports_dense_decode(
@@ -90,8 +97,10 @@ def supports_dense_decode(
         return f"head sizes {q.shape[-1]}/{head_dim_v}; the kernel takes 576/512"
     if k_cache.shape[1] != PAGE:
         return f"page size {k_cache.shape[1]}; the kernel takes {PAGE}"
-    if not softmax_scale > 0:
-        return f"softmax_scale {softmax_scale}; the kernel takes positive ones"
-    if k_cache.data_ptr() % 16 or any(s % ALIGNMENT for s in k_cache.stride()[:3]):
-        return "k_cache's address or strides are no multiples of 16 bytes"
+    if not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
+        return f"softmax_scale {softmax_scale}; the kernel takes 2^-125 to 2^125"
+    if k_cache.shape[0] == 0:
+        return "k_cache has no pages"
+    if k_cache.data_ptr() % 16 or _bad_strides(k_cache):
+        return "k_cache's address or strides are no positive multiples of 16 bytes"
     return None

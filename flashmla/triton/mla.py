@@ -30,7 +30,7 @@ from flashmla.triton.split_kv import TILE, combine
 
 
 # region: dense_decode_kernel
-@triton.jit(do_not_specialize=["num_blocks", "max_blocks"])
+@triton.jit(do_not_specialize=["b", "slots", "num_blocks", "max_blocks"])
 def dense_decode_kernel(
     q,  # [b, s_q, h_q, d_qk]
     k_cache,  # [blocks, page, h_kv, d_qk]
@@ -49,6 +49,8 @@ def dense_decode_kernel(
     k_stride_token,
     k_stride_head,
     table_stride,
+    b,
+    slots,
     s_q,
     h_q,
     group,  # query heads to a KV head
@@ -84,13 +86,15 @@ def dense_decode_kernel(
     begin_split = tl.load(plan + 4)
     # endregion: decode_part
 
-    # An end tile of 0 means that the end request is not touched at all.
-    for request in range(begin_request, end_request + (end_tile > 0).to(tl.int32)):
+    # An end tile of 0 means that the end request is not touched at all. A plan made for another
+    # batch gives wrong results, but touches nothing outside the tensors.
+    last_request = tl.minimum(end_request + (end_tile > 0).to(tl.int32), b)
+    for request in range(tl.maximum(begin_request, 0), last_request):
         # region: decode_range
         request64 = tl.cast(request, tl.int64)  # its offsets may pass 2^31
         length = tl.minimum(tl.load(cache_seqlens + request), max_blocks * PAGE)
         length = tl.maximum(length, 0)
-        first_token = tl.where(request == begin_request, begin_tile * TILE, 0)
+        first_token = tl.where(request == begin_request, tl.maximum(begin_tile, 0) * TILE, 0)
         last_token = tl.where(request == end_request, tl.minimum(end_tile * TILE, length), length)
         # Query i sees tokens 0 .. limit-1. Causal: the last query sees the last token.
         limit = tl.zeros([BLOCK_M], tl.int32) + length  # [M]
@@ -164,10 +168,11 @@ def dense_decode_kernel(
         else:
             slot = first_slot + tl.where(request == begin_request, begin_split, 0)
             slot64 = tl.cast(slot, tl.int64)
+            writes = row_exists & (slot >= 0) & (slot < slots)  # [M]
             out_row = (slot64 * s_q + query) * h_q + head  # [M], into [slots, s_q, h_q]
             lse_row = (slot64 * h_q + head) * s_q + query  # [M], into [slots, h_q, s_q]
-            tl.store(out_partial + out_row[:, None] * D_V + d_v, result, mask=row_exists[:, None])
-            tl.store(lse_partial + lse_row, row_lse, mask=row_exists)
+            tl.store(out_partial + out_row[:, None] * D_V + d_v, result, mask=writes[:, None])
+            tl.store(lse_partial + lse_row, row_lse, mask=writes)
         # endregion: decode_store
 
 
@@ -257,7 +262,8 @@ def dense_decode(
                 out, lse, out_partial, lse_partial,
                 q.stride(0), q.stride(1), q.stride(2),
                 k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),
-                s_q, h_q, group, num_blocks, block_table.shape[1], softmax_scale * LOG2_E.value,
+                b, slots, s_q, h_q, group, num_blocks, block_table.shape[1],
+                softmax_scale * LOG2_E.value,
                 CAUSAL=causal, PAGE=page, TILE=TILE, D_V=head_dim_v, D_ROPE=d_qk - head_dim_v,
                 UPCAST=INTERPRETED, **config,
             )  # fmt: skip

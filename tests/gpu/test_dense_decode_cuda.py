@@ -141,6 +141,68 @@ def test_wild_block_numbers_read_nothing_outside() -> None:
     assert_identical("lse of the sound request", lse[1], want_lse[1])
 
 
+def test_a_plan_of_other_requests_touches_nothing_outside() -> None:
+    """Metadata of 40 requests with the splits of 2: wrong results, and no fault."""
+    inputs = DecodeCase("two", (300, 900), h_q=128, seed=6).build(DEVICE)
+    many = torch.full((40,), 5000, dtype=torch.int32, device=DEVICE)
+    want_out, want_lse = decode(inputs)
+    metadata, _ = flashmla.get_mla_metadata(many, 128, 1)
+    _, num_splits = plan_for(inputs)
+    for plan in (metadata, -metadata, torch.full_like(metadata, 1), metadata.flip(0)):
+        decode(inputs, (plan.contiguous(), num_splits))
+    decode(inputs, (metadata, torch.tensor([0, 1 << 30, -7], dtype=torch.int32, device=DEVICE)))
+    torch.cuda.synchronize()
+    out, lse = decode(inputs)
+    assert_identical("out", out, want_out)
+    assert_identical("lse", lse, want_lse)
+
+
+def test_a_length_beyond_the_block_table_ends_with_the_table() -> None:
+    inputs = DecodeCase("full", (256, 192), h_q=16, strided=False, seed=6).build(DEVICE)
+    inputs.block_table = inputs.block_table[:, :3].contiguous()
+    inputs.cache_seqlens = torch.tensor([192, 192], dtype=torch.int32, device=DEVICE)
+    want_out, want_lse = decode(inputs)
+    plan = plan_for(inputs)
+    inputs.cache_seqlens = torch.tensor([2**31 - 1, 193], dtype=torch.int32, device=DEVICE)
+    for made in (plan, plan_for(inputs)):
+        out, lse = decode(inputs, made)
+        assert_out_close(out, want_out.double().cpu())
+        assert_lse_close(lse, want_lse.double().cpu())
+
+
+def test_empty_requests_between_short_ones() -> None:
+    """Parts that meet requests with no tile, one tile and two in turn, again and again."""
+    lengths = tuple((0, 1, 0, 0, 65, 0, 128)[i % 7] for i in range(700))
+    inputs = DecodeCase("gaps", lengths, h_q=128, seed=9).build(DEVICE)
+    want_out, want_lse = inputs.expected()
+    for _ in range(REPEATS):
+        poison_free_memory()
+        out, lse = decode(inputs)
+        assert_lse_close(lse, want_lse)
+    assert_out_close(out, want_out)
+
+
+def test_a_query_shared_by_all_requests() -> None:
+    inputs = DecodeCase("shared_q", (70, 70), h_q=16, strided=False, seed=2).build(DEVICE)
+    inputs.q = inputs.q[:1].expand(2, -1, -1, -1)
+    out, lse = decode(inputs)
+    want_out, want_lse = inputs.expected()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("what", ["no pages", "one page for all"])
+def test_caches_that_the_kernel_leaves_to_triton(what: str) -> None:
+    inputs = DecodeCase("odd_cache", (0, 0), h_q=16, strided=False).build(DEVICE)
+    k_cache = inputs.k_cache[:0] if what == "no pages" else inputs.k_cache[:1].expand(4, -1, -1, -1)
+    plan = plan_for(inputs)
+    out, lse = flashmla.flash_mla_with_kvcache(
+        inputs.q, k_cache, inputs.block_table, inputs.cache_seqlens, 512, *plan
+    )
+    assert backend.last_tier("mla.dense_decode") == "triton"
+    assert (out == 0).all() and torch.isposinf(lse).all()
+
+
 def test_record_says_cuda() -> None:
     before = backend.calls.get("mla.dense_decode", {}).get("cuda", 0)
     decode(DecodeCase("record", (64,), h_q=16).build(DEVICE))

@@ -58,3 +58,17 @@ def test_merge_state(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         assert_out_close(out, want_out)
         assert_lse_close(lse, want_lse)
     assert out.shape == out_a.shape and lse.shape == lse_a.shape
+
+
+def test_merge_state_of_slices() -> None:
+    """Views with gaps between rows, and one that begins at no multiple of 16 bytes."""
+    g = torch.Generator().manual_seed(2)
+    wide = torch.randn(2, 6, 7, 528, generator=g).to(torch.bfloat16).to(DEVICE)
+    lses = torch.randn(2, 6, 7, generator=g).to(DEVICE)
+    shifted = torch.randn(6 * 512 + 1, generator=g).to(torch.bfloat16).to(DEVICE)[1:].view(6, 512)
+    out_a, lse_a, lse_b = wide[0, :, 3, :512], lses[0, :, 3], lses[1, :, 5]
+    with backend.use_backend("cuda"):
+        out, lse = flashmla.merge_state(out_a, lse_a, shifted, lse_b)
+    want = split_kv.merge(*(x.double().cpu().numpy() for x in (out_a, lse_a, shifted, lse_b)))
+    assert_out_close(out, want[0])
+    assert_lse_close(lse, want[1])

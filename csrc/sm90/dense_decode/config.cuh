@@ -53,7 +53,7 @@ struct SharedStorage {
   uint64_t kv_full[kStages][kPieces];
   uint64_t kv_empty[kStages][kGroups];
 };
-static_assert(sizeof(SharedStorage<cutlass::half_t>) + 1024 <= 232448 + 1024, "227 KB a CTA");
+static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
 
 // Every stretch of tiles of one request that this CTA computes: the plan's row, walked.
 struct WorkItem {
@@ -71,6 +71,7 @@ struct KernelParams {
   float scale_log2;  // softmax_scale * log2(e): scores go straight to exp2
   const int* block_table;
   int64_t block_table_stride;
+  int max_tokens;  // that the block table has room for
   const int* cache_seqlens;
   const PlanRow* plan;
   const int* num_splits;
@@ -85,11 +86,12 @@ __device__ __forceinline__ int key_limit(const KernelParams& p, int seqlen, int 
   return p.causal ? seqlen - (p.shape.s_q - 1 - s) : seqlen;
 }
 
-// Walks the items of this CTA. Producer and consumers walk the same list.
+// Walks the items of this CTA. Producer and consumers walk the same list. A plan that was made for
+// another batch gives wrong results, but nothing outside the tensors is read or written.
 class WorkList {
  public:
   __device__ __forceinline__ explicit WorkList(const KernelParams& p)
-      : p_(p), plan_(p.plan[blockIdx.z]), request_(plan_.begin_request) {
+      : p_(p), plan_(p.plan[blockIdx.z]), request_(max(0, plan_.begin_request)) {
     const int last_row = min(static_cast<int>(blockIdx.x) * kRows + kRows, p.shape.rows()) - 1;
     last_s_ = last_row / p.shape.group();
   }
@@ -100,8 +102,8 @@ class WorkList {
     if (r == plan_.end_request && plan_.end_tile == 0) return false;
     const bool first = r == plan_.begin_request;
     item.request = r;
-    item.seqlen = p_.cache_seqlens[r];
-    item.first_tile = first ? plan_.begin_tile : 0;
+    item.seqlen = min(p_.cache_seqlens[r], p_.max_tokens);
+    item.first_tile = first ? max(0, plan_.begin_tile) : 0;
     // No row of this CTA sees past its last row's limit.
     int end = tiles_of(key_limit(p_, item.seqlen, last_s_));
     if (r == plan_.end_request) end = min(end, plan_.end_tile);

@@ -12,6 +12,7 @@ template <class T, int kMine, class Output>
 __device__ __forceinline__ void store_result(const KernelParams& p, const WorkItem& item, int row,
                                              Output& o, const RowPair& max, const RowPair& sum) {
   const bool whole = item.splits == 1;
+  if (!whole && (item.slot < 0 || item.slot >= p.partials.slots)) return;
   const int column = kMine * kHalfV + (threadIdx.x % 4) * 2;
   const bool writes_lse = kMine == 0 && threadIdx.x % 4 == 0;
   CUTE_UNROLL

@@ -1,6 +1,9 @@
 // Tensor maps and launch of the dense decode kernel for one element type.
 #pragma once
 
+#include <algorithm>
+#include <climits>
+
 #include "../../common/tensor_map.h"
 #include "kernel.cuh"
 
@@ -27,6 +30,7 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   p.block_table = a.block_table;
   p.block_table_stride = a.block_table_stride;
+  p.max_tokens = static_cast<int>(std::min<int64_t>(int64_t{a.max_blocks} * kTokens, INT_MAX));
   p.cache_seqlens = a.cache_seqlens;
   p.plan = reinterpret_cast<const PlanRow*>(a.plan);
   p.num_splits = a.num_splits;
