@@ -150,12 +150,17 @@ def test_installed_package_finds_its_sources_and_knows_their_library(wheel: Path
     from flashmla.cuda import build
 
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    script = "from flashmla.cuda import build; print(build.source_folder(), build._library_name())"
+    script = (
+        "from flashmla.cuda import build; print(build.source_folder(), build.prebuilt_path().name)"
+    )
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd="/", env=environ, capture_output=True, text=True
     )
-    assert done.stdout.split() == [str(tmp_path / "flashmla" / "csrc"), build._library_name()]
+    assert done.stdout.split() == [
+        str(tmp_path / "flashmla" / "csrc"),
+        build.prebuilt_path().name,
+    ]
 
 
 def test_wheel_without_a_library_is_for_every_platform(wheel: Path):

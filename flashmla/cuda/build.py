@@ -33,6 +33,7 @@ __all__ = [
     "find_nvcc",
     "library_path",
     "prebuild",
+    "prebuilt_path",
     "source_folder",
     "toolchain_problem",
 ]
@@ -148,8 +149,13 @@ def library_path() -> Path | None:
         found = [folder / f"libflashmla-{sources}-{_toolchain_digest()}.so"]
     else:
         found = sorted(folder.glob(f"libflashmla-{sources}-*.so"))
-    candidates = [_PREBUILT / f"libflashmla-{sources}.so", *found]
+    candidates = [prebuilt_path(), *found]
     return next((path for path in candidates if path.is_file()), None)
+
+
+def prebuilt_path() -> Path:
+    """Where a wheel has the library for these sources, if it has one."""
+    return _PREBUILT / f"libflashmla-{_sources_digest()}.so"
 
 
 def prebuild(verbose: bool = False) -> Path:
@@ -158,7 +164,7 @@ def prebuild(verbose: bool = False) -> Path:
     _PREBUILT.mkdir(exist_ok=True)
     for old in _PREBUILT.glob("*.so"):
         old.unlink()
-    return Path(shutil.copy2(library, _PREBUILT / f"libflashmla-{_sources_digest()}.so"))
+    return Path(shutil.copy2(library, prebuilt_path()))
 
 
 def build(verbose: bool = False) -> Path:
