@@ -8,6 +8,7 @@ a synchronisation a call. Every message names the argument, what was given and w
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -61,9 +62,8 @@ def check_tensor(
     shape = value.shape
     rank = dims.count(",") + 1
     if len(shape) != rank:
-        raise ValueError(
-            f"{name} must have {rank} dimensions {dims}, got {len(shape)}: {list(shape)}"
-        )
+        noun = "dimension" if rank == 1 else "dimensions"
+        raise ValueError(f"{name} must have {rank} {noun} {dims}, got {len(shape)}: {list(shape)}")
     if dtypes and value.dtype not in dtypes:
         check_dtype(name, value, dtypes)
     if device is not None and value.device != device:
@@ -109,21 +109,31 @@ def check_shape(name: str, value: torch.Tensor, shape: Sequence[int | None], dim
             raise ValueError(f"{name} must have shape {dims} = [{wanted}], got {list(value.shape)}")
 
 
-def check_int(name: str, value: object, minimum: int) -> int:
-    """An integer (Python's or NumPy's) of at least minimum."""
+def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """An integer (Python's or NumPy's) of at least minimum, and at most maximum if there is one."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or torch.is_tensor(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     number = operator.index(value)  # type: ignore[arg-type]
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    if maximum is not None and number > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {number}")
     return number
 
 
 def check_number(name: str, value: object) -> float:
-    """A real number of Python's or NumPy's; a tensor would have to be read from its device."""
-    if isinstance(value, (bool, str, torch.Tensor)) or not hasattr(value, "__float__"):
+    """A finite number of Python's or NumPy's; a tensor would have to be read from its device."""
+    if not isinstance(value, float) and (
+        isinstance(value, (bool, str, torch.Tensor)) or not hasattr(value, "__float__")
+    ):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not -math.inf < number < math.inf:  # the compiler can trace it, and not math.isfinite
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
 
 
 def check_bool(name: str, value: object) -> bool:

@@ -113,6 +113,20 @@ def test_indexer_and_topk_and_fp8_and_merge():
     assert results[2].any()
 
 
+def test_a_scale_given_as_a_number():
+    x = DECODE_CASES[8].build()
+    plan = flashmla.get_mla_metadata(x.cache_seqlens, 32, 1)
+
+    def decode(q, scale):
+        return flashmla.flash_mla_with_kvcache(
+            q, x.k_cache, x.block_table, x.cache_seqlens, 512, *plan, softmax_scale=scale
+        )
+
+    fast = compiled(decode)
+    for scale in (0.04, 0.05, 0.06):
+        assert_same(fast(x.q, scale), decode(x.q, scale))
+
+
 def test_bad_input_is_reported_from_compiled_code_as_well():
     with pytest.raises(Exception, match="k must be at least 0, got -1"):
         compiled(lambda x: flashmla.topk(x, -1))(torch.zeros(2, 3))

@@ -100,6 +100,7 @@ def prefill(**changes):
         ({"kv": lambda x: x.kv[..., :512]}, ValueError, r"kv must have shape .* = \[any, 1, 576]"),
         ({"kv": lambda x: x.kv.half()}, TypeError, "kv must be of dtype bfloat16, got float16"),
         ({"indices": lambda x: x.indices[:3]}, ValueError, r"\[s_q, 1, topk] = \[10, 1, any], got"),
+        ({"sm_scale": float("nan")}, ValueError, "sm_scale must be finite, got nan"),
         ({"d_v": 256}, ValueError, "d_v must be 512, the only one supported, got 256"),
         ({"attn_sink": torch.zeros(1)}, ValueError, r"attn_sink must have shape \[h_q] = \[16]"),
         ({"topk_length": torch.zeros(2).int()}, ValueError, r"topk_length must have shape \[s_q]"),

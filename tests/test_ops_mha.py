@@ -144,6 +144,10 @@ BAD = [
     ({"max_seqlen_qo": 1.5}, TypeError, "max_seqlen_qo must be an int, got float"),
     ({"max_seqlen_kv": -1}, ValueError, "max_seqlen_kv must be at least 0, got -1"),
     ({"dropout_p": 0.1}, ValueError, "dropout_p must be 0: dropout is not supported, got 0.1"),
+    ({"dropout_p": "0"}, TypeError, "dropout_p must be a number, got str"),
+    ({"dropout_p": None}, TypeError, "dropout_p must be a number, got NoneType"),
+    ({"softmax_scale": float("inf")}, ValueError, "softmax_scale must be finite, got inf"),
+    ({"is_varlen": "x"}, TypeError, "is_varlen must be True or False, got str 'x'"),
     ({"causal": None}, TypeError, "causal must be True or False, got NoneType None"),
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from cases import DECODE_CASES, SPARSE_DECODE_CASES, DecodeCase
 import flashmla
 from flashmla import schedule
 from flashmla.lab.check import assert_identical, assert_lse_close, assert_out_close
+from flashmla.ops import split_kv
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +178,21 @@ BAD_DENSE = [
     ({"num_splits": None}, TypeError, r"num_splits must be a torch.Tensor \[b \+ 1], got NoneType"),
     ({"num_splits": torch.zeros(6, dtype=torch.int32)}, ValueError,
      "num_splits has 6 entries, a plan for batch size 5, but the batch size is 2"),
+    ({"num_splits": torch.zeros(0, dtype=torch.int32)}, ValueError,
+     "num_splits has 0 entries, but the batch size is 2: it must have shape"),
+    ({"tile_scheduler_metadata": torch.zeros(0, 8).int()}, ValueError,
+     "tile_scheduler_metadata must have from 1 to 1024 parts, got 0"),
+    ({"tile_scheduler_metadata": torch.zeros(1025, 8).int()}, ValueError,
+     "tile_scheduler_metadata must have from 1 to 1024 parts, got 1025"),
+    ({"tile_scheduler_metadata": torch.zeros(9, 16).int()[:, :8]}, ValueError,
+     "tile_scheduler_metadata must be contiguous, got strides"),
+    ({"tile_scheduler_metadata": torch.zeros(73).int()[1:].view(9, 8)}, ValueError,
+     "tile_scheduler_metadata must begin at a multiple of 16 bytes, got one that begins 4 bytes"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
+    ({"softmax_scale": -float("inf")}, ValueError, "softmax_scale must be finite, got -inf"),
+    ({"softmax_scale": 10**400}, ValueError, "softmax_scale must be finite, got inf"),
+    ({"k_cache": lambda x: x.k_cache[:, :, :0]}, ValueError,
+     "q has 4 heads, which k_cache's 0 heads do not divide"),
     ({"num_splits": lambda x: x.num_splits.long()}, TypeError, "num_splits must be of dtype int32"),
     ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a number, got str"),
     ({"softmax_scale": torch.tensor(1.0)}, TypeError, "softmax_scale must be a number, got Tensor"),
@@ -195,11 +211,22 @@ def test_bad_dense_input(changes, error, message):
         call(arguments(**changes))
 
 
+SPLITS = torch.tensor([0, 1, 2], dtype=torch.int32)
 BAD_SPARSE = [
     ({"causal": True}, ValueError, "causal must be False with indices"),
     ({"tile_scheduler_metadata": torch.zeros(9, 8).int(), "num_splits": torch.zeros(4).int()},
      ValueError, "num_splits has 4 entries, a plan for batch size 3, but the batch size is 2"),
     ({"tile_scheduler_metadata": torch.zeros(9, 8).int()}, TypeError, "num_splits must be a torch"),
+    ({"num_splits": torch.zeros(3).int()}, TypeError,
+     "num_splits must be None without tile_scheduler_metadata"),
+    ({"tile_scheduler_metadata": flashmla.SplitPlan(), "num_splits": 1}, TypeError,
+     "num_splits must be None with a plan object"),
+    ({"tile_scheduler_metadata": flashmla.SplitPlan(torch.zeros(9, 5).int(), SPLITS)}, ValueError,
+     r"tile_scheduler_metadata must have shape \[parts, 8]"),
+    ({"block_table": "junk"}, TypeError, r"block_table must be a torch.Tensor .*, got str"),
+    ({"block_table": torch.zeros(3, 4).int()}, ValueError, r"block_table must have shape .*\[2, a"),
+    ({"cache_seqlens": 3.5}, TypeError, r"cache_seqlens must be a torch.Tensor \[b], got float"),
+    ({"cache_seqlens": torch.zeros(3).int()}, ValueError, r"cache_seqlens must have shape \[b]"),
     ({"indices": lambda x: x.indices[:, :1]}, ValueError,
      r"indices must have shape \[b, s_q, topk] = \[2, 2, any], got \[2, 1, 100]"),
     ({"indices": lambda x: x.indices.long()}, TypeError,
@@ -232,12 +259,20 @@ BAD_METADATA = [
     ((None, 1, 1), {}, TypeError, "takes no argument at all"),
     (([1, 2], 1, 1), {}, TypeError, r"cache_seqlens must be a torch.Tensor \[b], got list"),
     ((SEQLENS.long(), 1, 1), {}, TypeError, "cache_seqlens must be of dtype int32, got int64"),
-    ((SEQLENS[None], 1, 1), {}, ValueError, r"cache_seqlens must have 1 dimensions \[b], got 2"),
+    ((SEQLENS[None], 1, 1), {}, ValueError, r"cache_seqlens must have 1 dimension \[b], got 2"),
     ((SEQLENS, 0, 1), {}, ValueError, "num_q_tokens_per_head_k must be at least 1, got 0"),
     ((SEQLENS, 1, -2), {}, ValueError, "num_heads_k must be at least 1, got -2"),
     ((SEQLENS, 1.0, 1), {}, TypeError, "num_q_tokens_per_head_k must be an int, got float"),
     ((SEQLENS, True, 1), {}, TypeError, "num_q_tokens_per_head_k must be an int, got bool"),
     ((SEQLENS, 1, 1), {"topk": -1}, ValueError, "topk must be at least 0, got -1"),
+    ((SEQLENS, 1, 1), {"topk": 2**40}, ValueError, "topk must be at most 2147483647, got 1099511"),
+    ((SEQLENS, 1, 1, "zz"), {}, TypeError, "num_heads_q must be an int, got str"),
+    ((SEQLENS, 1, 1, 0), {}, ValueError, "num_heads_q must be at least 1, got 0"),
+    ((SEQLENS, 1, 1, 4, "x"), {}, TypeError, "is_fp8_kvcache must be True or False, got str 'x'"),
+    ((SEQLENS.to("meta"), 1, 1), {}, ValueError, "cache_seqlens must be on a device .*, got meta"),
+    ((None, None, None, 4, True, 5), {}, TypeError, "num_heads_q needs cache_seqlens"),
+    ((), {"topk": 5}, TypeError, "topk needs cache_seqlens"),
+    ((), {"is_fp8_kvcache": True}, TypeError, "is_fp8_kvcache needs cache_seqlens"),
     ((), {"out": ()}, TypeError, "out needs cache_seqlens"),
     ((SEQLENS, 1, 1), {"out": SEQLENS}, TypeError, "out must be the tuple"),
     ((SEQLENS, 1, 1), {"out": (torch.zeros(9, 8).int(), torch.zeros(4).int())}, ValueError,
@@ -289,6 +324,69 @@ def test_a_stale_plan_is_noticed_when_the_host_can_know():
         given["cache_seqlens"] = given["cache_seqlens"] + 0
         call(given)
         call(given)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "splits", "error", "message"),
+    [
+        (
+            torch.zeros(9, 8).int().to("meta"),
+            SPLITS,
+            ValueError,
+            "metadata must be on cpu, .* meta",
+        ),
+        (torch.zeros(9, 8).int(), SPLITS.to("meta"), ValueError, "num_splits must be on cpu, wher"),
+        (torch.zeros(9, 8), SPLITS, TypeError, "metadata must be of dtype int32, got float32"),
+        (torch.zeros(0, 8).int(), SPLITS, ValueError, "metadata must have from 1 to 1024 parts"),
+        (
+            torch.zeros(9, 8).int(),
+            SPLITS[:2],
+            ValueError,
+            "num_splits has 2 entries, a plan for ba",
+        ),
+        (torch.zeros(9, 8).int(), None, TypeError, "num_splits must be a torch.Tensor"),
+        (None, SPLITS, TypeError, "tile_scheduler_metadata must be a torch.Tensor"),
+    ],
+)
+def test_a_plan_object_is_checked_like_two_tensors(metadata, splits, error, message):
+    plan = flashmla.SplitPlan(metadata, splits)
+    for given in (arguments(), sparse_arguments()):
+        with pytest.raises(error, match=message):
+            call(given | {"tile_scheduler_metadata": plan, "num_splits": None})
+    given = arguments()
+    made = flashmla.SplitPlan(given["tile_scheduler_metadata"], given["num_splits"])
+    want = call(given)
+    got = call(given | {"tile_scheduler_metadata": made, "num_splits": None})
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_a_call_that_fails_leaves_the_plan_free(monkeypatch):
+    plan, _ = flashmla.get_mla_metadata()
+    with pytest.raises(ValueError, match="indices must have shape"):
+        call(sparse_arguments(tile_scheduler_metadata=plan, indices=torch.zeros(2, 1, 5).int()))
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    with pytest.raises(ValueError, match="but a length"):
+        call(
+            arguments(
+                tile_scheduler_metadata=plan, num_splits=None,
+                cache_seqlens=torch.tensor([65, -1]).int(),
+            )
+        )  # fmt: skip
+    monkeypatch.delenv("FLASHMLA_CHECK")
+
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(split_kv, "get_mla_metadata", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            call(arguments(tile_scheduler_metadata=plan, num_splits=None))
+    assert plan.empty
+    three = DecodeCase("three", (1, 2, 3), h_q=4).build()
+    out, _ = flashmla.flash_mla_with_kvcache(
+        three.q, three.k_cache, three.block_table, three.cache_seqlens, 512, plan
+    )
+    assert out.shape[0] == 3
 
 
 BAD_VALUES = [

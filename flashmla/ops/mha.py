@@ -155,12 +155,13 @@ def flash_attn_varlen_func(
     Source: ``flashmla/torch/mha.py``, ``flashmla/triton/mha.py``.
     """
     _check_tensors(q, k, v, cu_seqlens_qo, cu_seqlens_kv)
-    if dropout_p != 0.0:
+    if check_number("dropout_p", dropout_p) != 0.0:
         raise ValueError(f"dropout_p must be 0: dropout is not supported, got {dropout_p}")
     longest_q = check_int("max_seqlen_qo", max_seqlen_qo, 0)
     longest_kv = check_int("max_seqlen_kv", max_seqlen_kv, 0)
     check_bool("causal", causal)
     check_bool("deterministic", deterministic)
+    check_bool("is_varlen", is_varlen)
     scale = (
         q.shape[2] ** -0.5
         if softmax_scale is None

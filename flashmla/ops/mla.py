@@ -153,9 +153,16 @@ def flash_mla_with_kvcache(
         if causal:
             raise ValueError("causal must be False with indices: they say what each query sees")
         _check_sparse_plan(tile_scheduler_metadata, num_splits, q)
-        return dsa.sparse_decode(
+        if block_table is not None:
+            _check_per_request("block_table", block_table, "[b, max_blocks]", q)
+        if cache_seqlens is not None:
+            _check_per_request("cache_seqlens", cache_seqlens, "[b]", q)
+        results = dsa.sparse_decode(
             q, k_cache, indices, head_dim_v, scale, is_fp8_kvcache, attn_sink, topk_length
         )
+        if isinstance(tile_scheduler_metadata, SplitPlan):
+            tile_scheduler_metadata.claim(q.shape[0], sparse=True)
+        return results
     if is_fp8_kvcache:
         raise ValueError("is_fp8_kvcache=True needs indices: only sparse decode reads FP8 caches")
     for name, sparse_only in (("attn_sink", attn_sink), ("topk_length", topk_length)):
@@ -171,11 +178,30 @@ def _check_sparse_plan(
 ) -> None:
     """A sparse call needs no plan; one that is given has to be of the batch, all the same."""
     if isinstance(plan, SplitPlan):
+        _check_no_splits(num_splits)
         plan.serve(q.shape[0], sparse=True)
-    elif plan is not None:
+        if not plan.empty:
+            plan.check(q.shape[0], q.device)
+    elif plan is None:
+        if num_splits is not None:
+            raise TypeError("num_splits must be None without tile_scheduler_metadata")
+    else:
         check_plan_tensors(
             "tile_scheduler_metadata", plan, "num_splits", num_splits, q.shape[0], q.device
         )
+
+
+def _check_no_splits(num_splits: object) -> None:
+    if num_splits is not None:
+        raise TypeError("num_splits must be None with a plan object, which holds its own")
+
+
+def _check_per_request(name: str, value: object, dims: str, q: Tensor) -> Tensor:
+    """The block table or the lengths: int32, a row or a number for each request."""
+    tensor = check_tensor(name, value, dims, (torch.int32,), q.device)
+    if tensor.shape[0] != q.shape[0]:
+        check_shape(name, tensor, (q.shape[0], *(None,) * (tensor.dim() - 1)), dims)
+    return tensor
 
 
 def _check_query(q: object, head_dim_v: object) -> None:
@@ -207,31 +233,30 @@ def _checked_dense_decode(
     dims = "[blocks, page, h_kv, 576]"
     check_tensor("k_cache", k_cache, dims, (q.dtype,), q.device)
     check_shape("k_cache", k_cache, (None, None, None, HEAD_DIM_QK), dims)
-    check_page_strides("k_cache", k_cache, dims)
     _, page, h_kv, _ = k_cache.shape
     if h_kv == 0 or h_q % h_kv:
         raise ValueError(f"q has {h_q} heads, which k_cache's {h_kv} heads do not divide")
+    check_page_strides("k_cache", k_cache, dims)
     if page == 0:
         raise ValueError(
             f"k_cache must have pages of at least one token, got {list(k_cache.shape)}"
         )
-    table = check_tensor("block_table", block_table, "[b, max_blocks]", (torch.int32,), q.device)
-    check_shape("block_table", table, (batch, None), "[b, max_blocks]")
-    seqlens = check_tensor("cache_seqlens", cache_seqlens, "[b]", (torch.int32,), q.device)
-    check_shape("cache_seqlens", seqlens, (batch,), "[b]")
+    table = _check_per_request("block_table", block_table, "[b, max_blocks]", q)
+    seqlens = _check_per_request("cache_seqlens", cache_seqlens, "[b]", q)
+    if values_wanted():
+        check_block_table("cache_seqlens", seqlens, table, k_cache.shape[0], page)
 
     if isinstance(plan, SplitPlan):
-        if num_splits is not None:
-            raise TypeError("num_splits must be None with a plan object, which holds its own")
+        _check_no_splits(num_splits)
         plan.serve(batch, sparse=False)
         metadata, splits = plan.tensors(seqlens, s_q * h_q // h_kv, h_kv)
     else:
         metadata, splits = check_plan_tensors(
             "tile_scheduler_metadata", plan, "num_splits", num_splits, batch, q.device
         )
-    if values_wanted():
-        check_block_table("cache_seqlens", seqlens, table, k_cache.shape[0], page)
-        check_plan_fresh(metadata, splits, seqlens)
+    check_plan_fresh(metadata, splits, seqlens)
+    if isinstance(plan, SplitPlan):
+        plan.claim(batch, sparse=False)
     if batch == 0:
         return _fake_dense_decode(
             q, k_cache, table, seqlens, HEAD_DIM_V, metadata, splits, scale, causal

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from flashmla import backend, schedule
 from flashmla.checks import (
+    check_bool,
     check_device,
+    check_dtype,
     check_int,
     check_range,
     check_shape,
@@ -21,6 +23,13 @@ from flashmla.checks import (
 from flashmla.ops.library import define
 
 __all__ = ["SplitPlan", "get_mla_metadata", "merge_state"]
+
+MAX_PARTS = 1024
+"""Parts of a plan at most: more than any card has SMs, and what the kernels have room for."""
+
+_INT32 = (torch.int32,)
+_LARGEST_INT32 = 2**31 - 1
+_ROW_ALIGNMENT = 16  # bytes
 
 
 @dataclass(eq=False)
@@ -44,14 +53,14 @@ class SplitPlan:
     _seqlens_version: int = field(default=-1, init=False, repr=False)
 
     def serve(self, batch: int, sparse: bool) -> None:
-        """Claims the plan for calls of one batch size and kind; refuses any other.
+        """Refuses calls of another batch size or kind than the plan was claimed for, if it was.
 
         Raises:
             ValueError: the plan was filled in by a call of another batch size, or by a dense call
                 and is now given to a sparse one, or the other way round.
         """
         if self._batch is None:
-            self._batch, self._sparse = batch, sparse
+            return
         if self._batch != batch:
             raise ValueError(
                 f"tile_scheduler_metadata is a plan for batch size {self._batch}, but q has batch "
@@ -64,18 +73,38 @@ class SplitPlan:
                 f"serve a {kinds[sparse]} one; call get_mla_metadata() for a new plan"
             )
 
+    def claim(self, batch: int, sparse: bool) -> None:
+        """Keeps the plan for calls of one batch size and kind: once nothing can fail any more."""
+        self._batch, self._sparse = batch, sparse
+
+    def check(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The plan's two tensors, which a caller may have put there, checked for a call."""
+        return check_plan_tensors(
+            "tile_scheduler_metadata.tile_scheduler_metadata",
+            self.tile_scheduler_metadata,
+            "tile_scheduler_metadata.num_splits",
+            self.num_splits,
+            batch,
+            device,
+        )
+
+    @property
+    def empty(self) -> bool:
+        """True until the plan is filled in."""
+        return self.tile_scheduler_metadata is None and self.num_splits is None
+
     def tensors(
         self, cache_seqlens: Tensor, num_q_tokens_per_head_k: int, num_heads_k: int
     ) -> tuple[Tensor, Tensor]:
         """The plan's two tensors, made from these arguments at the first call.
 
         Raises:
+            TypeError, ValueError: they are not a plan for this batch size on this device.
             ValueError: the very tensor of lengths that the plan was made from has been written
                 since. That much the host knows; other staleness ``FLASHMLA_CHECK=1`` finds.
         """
         compiling = torch.compiler.is_compiling()
-        metadata, num_splits = self.tile_scheduler_metadata, self.num_splits
-        if metadata is None or num_splits is None:
+        if self.empty:
             metadata, num_splits = get_mla_metadata(
                 cache_seqlens, num_q_tokens_per_head_k, num_heads_k
             )
@@ -83,7 +112,9 @@ class SplitPlan:
             if not compiling:
                 self._seqlens = weakref.ref(cache_seqlens)
                 self._seqlens_version = _version(cache_seqlens)
-        elif not compiling and self._seqlens is not None and self._seqlens() is cache_seqlens:
+            return metadata, num_splits
+        metadata, num_splits = self.check(cache_seqlens.shape[0], cache_seqlens.device)
+        if not compiling and self._seqlens is not None and self._seqlens() is cache_seqlens:
             if self._seqlens_version != _version(cache_seqlens):
                 raise ValueError(
                     "tile_scheduler_metadata is a stale plan: cache_seqlens was written since the "
@@ -157,7 +188,7 @@ def get_mla_metadata(
         cache_seqlens: int32 [b], tokens of each request in the cache.
         num_q_tokens_per_head_k: s_q * h_q // h_kv, the query rows that share a KV head.
         num_heads_k: h_kv.
-        num_heads_q: h_q, for sparse attention; taken for compatibility, and not needed.
+        num_heads_q: h_q, at least 1; taken for compatibility, and not needed.
         is_fp8_kvcache: taken for compatibility; the plan is the same.
         topk: tokens that each query of a sparse call reads; they replace the lengths.
         out: the two tensors of an earlier plan of the same b and the same head counts, rewritten
@@ -169,8 +200,8 @@ def get_mla_metadata(
         the number of parts is that of a card with 132 SMs.
 
     Raises:
-        TypeError: an argument of the wrong kind or dtype, or some but not all of the first three.
-        ValueError: a wrong shape or device, numbers below 1, or ``out`` of another size.
+        TypeError: an argument of the wrong kind or dtype, or others without the first three.
+        ValueError: a wrong shape or device, numbers out of range, or ``out`` of another size.
 
     Example:
         >>> cache_seqlens = torch.tensor([4096, 100], dtype=torch.int32)
@@ -183,8 +214,12 @@ def get_mla_metadata(
     Source: ``flashmla/schedule.py``, ``csrc/sm90/scheduler.cu``, ``flashmla/triton/split_kv.py``.
     """
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
-        if out is not None:
-            raise TypeError("out needs cache_seqlens, num_q_tokens_per_head_k and num_heads_k")
+        others = {"num_heads_q": num_heads_q, "topk": topk, "out": out}
+        for name, value in (*others.items(), ("is_fp8_kvcache", is_fp8_kvcache or None)):
+            if value is not None:
+                raise TypeError(
+                    f"{name} needs cache_seqlens, num_q_tokens_per_head_k and num_heads_k"
+                )
         return SplitPlan(), None
     if cache_seqlens is None or num_q_tokens_per_head_k is None or num_heads_k is None:
         raise TypeError(
@@ -194,10 +229,16 @@ def get_mla_metadata(
     check_tensor("cache_seqlens", cache_seqlens, "[b]", (torch.int32,))
     rows = check_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
     heads = check_int("num_heads_k", num_heads_k, 1)
+    if num_heads_q is not None:
+        check_int("num_heads_q", num_heads_q, 1)
+    check_bool("is_fp8_kvcache", is_fp8_kvcache)
+    if cache_seqlens.device.type == "meta" and not torch.compiler.is_compiling():
+        raise ValueError("cache_seqlens must be on a device that holds its values, got meta")
     if values_wanted():
-        check_range("cache_seqlens", cache_seqlens, 0, 2**31 - 1, "a length")
+        check_range("cache_seqlens", cache_seqlens, 0, _LARGEST_INT32, "a length")
     if topk is not None:
-        cache_seqlens = torch.full_like(cache_seqlens, check_int("topk", topk, 0))
+        topk = check_int("topk", topk, 0, _LARGEST_INT32)
+        cache_seqlens = torch.full_like(cache_seqlens, topk)
     parts = schedule.num_parts(rows, heads, num_sms(cache_seqlens.device))
     if out is not None:
         _check_out(out, parts, cache_seqlens)
@@ -231,20 +272,31 @@ def check_plan_tensors(
     batch: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes, dtypes and devices of a plan's two tensors for a batch size."""
+    """Shapes, dtypes, devices and layouts of a plan's two tensors for a batch size."""
     columns = schedule.METADATA_COLUMNS
-    metadata = check_tensor(metadata_name, metadata, "[parts, 8]", (torch.int32,), device)
-    check_shape(metadata_name, metadata, (None, columns), "[parts, 8]")
-    num_splits = check_tensor(num_splits_name, num_splits, "[b + 1]", (torch.int32,), device)
-    if num_splits.shape[0] != batch + 1:
+    metadata = check_tensor(metadata_name, metadata, "[parts, 8]", _INT32, device)
+    parts, width = metadata.shape
+    if width != columns:
+        check_shape(metadata_name, metadata, (None, columns), "[parts, 8]")
+    if not 1 <= parts <= MAX_PARTS:
+        raise ValueError(f"{metadata_name} must have from 1 to {MAX_PARTS} parts, got {parts}")
+    num_splits = check_tensor(num_splits_name, num_splits, "[b + 1]", _INT32, device)
+    entries = num_splits.shape[0]
+    if entries != batch + 1:
+        made_for = f", a plan for batch size {entries - 1}" if entries else ""
         raise ValueError(
-            f"{num_splits_name} has {num_splits.shape[0]} entries, a plan for batch size "
-            f"{num_splits.shape[0] - 1}, but the batch size is {batch}: it must have shape "
-            f"[b + 1] = [{batch + 1}]"
+            f"{num_splits_name} has {entries} entries{made_for}, but the batch size is {batch}: it "
+            f"must have shape [b + 1] = [{batch + 1}]"
         )
     for name, tensor in ((metadata_name, metadata), (num_splits_name, num_splits)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
+    # The kernels read a part's row in pieces of 16 bytes. Tensors being traced have no address.
+    if not torch.compiler.is_compiling() and metadata.data_ptr() % _ROW_ALIGNMENT:
+        raise ValueError(
+            f"{metadata_name} must begin at a multiple of {_ROW_ALIGNMENT} bytes, got one that "
+            f"begins {metadata.data_ptr() % _ROW_ALIGNMENT} bytes behind; call .clone()"
+        )
     return metadata, num_splits
 
 
@@ -298,12 +350,14 @@ def merge_state(
     lse_dims = "[" + ", ".join(["..."] * (out_a.dim() - 1)) + "]"
     check_tensor("out_a", out_a, dims, floats)
     check_tensor("out_b", out_b, dims, (out_a.dtype,), out_a.device)
-    check_shape("out_b", out_b, out_a.shape, "the shape of out_a")
+    if out_b.shape != out_a.shape:
+        raise ValueError(
+            f"out_b must have the shape of out_a, {list(out_a.shape)}, got {list(out_b.shape)}"
+        )
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         if not isinstance(lse, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor {lse_dims}, got {type(lse).__name__}")
-        if lse.dtype != torch.float32:
-            raise TypeError(f"{name} must be of dtype float32, got {lse.dtype}")
+        check_dtype(name, lse, (torch.float32,))
         check_device(name, lse, out_a.device)
         if lse.shape != out_a.shape[:-1]:
             raise ValueError(
