@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from flashmla import fp8
-from flashmla.checks import check_bool, check_int
+from flashmla.checks import check_bool, check_dtype, check_int
 
 __all__ = ["OutOfPages", "PagedKVCache"]
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class OutOfPages(RuntimeError):
@@ -33,6 +36,8 @@ class _Growth:
     length: int  # afterwards
     copied: int | None = None  # place in `pages` of a shared page that is only partly full
     new_pages: int = 0  # behind the last one
+    pages: list[int] = field(default_factory=list)  # afterwards
+    copy: tuple[int, int] | None = None  # the shared page and the one that takes its place
 
 
 class PagedKVCache:
@@ -51,7 +56,7 @@ class PagedKVCache:
         page_size: tokens in a page; the Hopper kernel takes 64.
         num_heads: KV heads; 1 for MLA.
         head_dim: numbers a token and head; 576 for MLA.
-        dtype: of the cache and of what is appended.
+        dtype: of the cache and of what is appended: bfloat16, float16 or float32.
         device: where the tensors are.
         max_sequences: sequences that may be alive at the same time.
         max_pages_per_sequence: width of the block table; ``num_pages`` unless given.
@@ -66,7 +71,8 @@ class PagedKVCache:
         lengths: int32 [max_sequences], 0 in rows that no sequence has.
 
     Raises:
-        ValueError, TypeError: numbers below 1, or an FP8 cache of other sizes.
+        TypeError: an argument of the wrong kind, or another dtype.
+        ValueError: numbers below 1, or an FP8 cache of other sizes.
 
     Example:
         >>> cache = flashmla.PagedKVCache(num_pages=4, page_size=64)
@@ -102,6 +108,8 @@ class PagedKVCache:
         rows = check_int("max_sequences", max_sequences, 1)
         width = num_pages if max_pages_per_sequence is None else max_pages_per_sequence
         width = check_int("max_pages_per_sequence", width, 1)
+        if dtype not in _FLOATS:
+            raise TypeError(f"dtype must be torch.bfloat16, float16 or float32, got {dtype!r}")
         self.dtype = dtype
         self.fp8_format = check_bool("fp8_format", fp8_format)
         if fp8_format and (num_heads, head_dim) != (1, fp8.HEAD_DIM):
@@ -145,8 +153,12 @@ class PagedKVCache:
         return list(self._get(sequence).pages)
 
     def owners(self, page: int) -> int:
-        """How many sequences have a page."""
-        return self._owners[page]
+        """How many sequences have a page.
+
+        Raises:
+            TypeError, ValueError: no page of this cache.
+        """
+        return self._owners[check_int("page", page, 0, self.num_pages - 1)]
 
     def allocate(self, tokens: Tensor | None = None) -> int:
         """Start a sequence, empty or with tokens [n, num_heads, head_dim] (or [n, head_dim]).
@@ -188,6 +200,7 @@ class PagedKVCache:
             )
         return self._new_sequence(parent.pages[: self._pages_for(shared)], shared)
 
+    @torch.no_grad()
     def append(self, sequences: int | Sequence[int], tokens: Tensor) -> None:
         """Write tokens behind the last ones of one sequence, or of several at once.
 
@@ -196,16 +209,16 @@ class PagedKVCache:
             tokens: of the cache's dtype and device (an FP8 cache also takes bfloat16, float16 and
                 float32). For one sequence [n, num_heads, head_dim]; for a list of b sequences
                 [b, n, num_heads, head_dim], n tokens each. With one head that dimension may
-                be left out.
+                be left out. Their values are kept, without gradients.
 
         Raises:
             OutOfPages: not enough free pages for all of them; nothing was appended to any.
-            TypeError: tokens of the wrong kind or dtype.
+            TypeError: sequences or tokens of the wrong kind or dtype.
             ValueError: a sequence that is not alive or named twice, a wrong shape or device, or
                 more pages than a row of the block table has.
         """
-        single = isinstance(sequences, int)
-        names = [sequences] if isinstance(sequences, int) else list(sequences)
+        single = isinstance(sequences, Integral)
+        names = _names(sequences)
         members = self._get_all(names)
         rows = self._check_tokens(tokens, None if single else len(names))
         count = rows.shape[1]
@@ -221,26 +234,34 @@ class PagedKVCache:
             )
         if count == 0 or not names:
             return
-        slots = [slot for growth in growths for slot in self._grow(growth)]
-        self._write(torch.tensor(slots, device=self.device), rows.flatten(0, 1))
-        self._mirror(members)
+        self._lay_out(growths)
+        slots = [slot for growth in growths for slot in self._slots(growth)]
+        # Whatever can fail comes before the lists change: until then the new tokens lie in pages
+        # or places that no sequence reads.
+        mirror = self._mirror([(g.sequence.row, g.length, g.pages) for g in growths])
+        places = torch.tensor(slots, device=self.device)
+        self._copy_shared(growths)
+        self._write(places, rows.flatten(0, 1))
+        mirror.write()
+        self._commit(growths, needed)
 
     def free(self, sequences: int | Sequence[int]) -> None:
         """End one sequence or several; pages that nobody else has become free.
 
         Raises:
+            TypeError: not an int, or ints.
             ValueError: one of them is not alive (freed before, or never given out) or is named
                 twice; then none is freed.
         """
-        names = [sequences] if isinstance(sequences, int) else list(sequences)
+        names = _names(sequences)
         members = self._get_all(names)
+        self._mirror([(member.row, 0, []) for member in members]).write()
         for name, member in zip(names, members, strict=True):
             for page in member.pages:
                 self._release(page)
             del self._sequences[name]
             member.pages, member.length = [], 0
             self._free_rows.append(member.row)
-        self._mirror(members)
 
     def tables(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(block_table, cache_seqlens) of some sequences, for flash_mla_with_kvcache.
@@ -250,23 +271,32 @@ class PagedKVCache:
             [b]: copies, in the order given, on the cache's device.
 
         Raises:
+            TypeError: not a sequence of ints.
             ValueError: one of them is not alive.
         """
-        members = [self._get(name) for name in sequences]
+        if isinstance(sequences, Integral):
+            raise TypeError(
+                f"sequences must be a sequence of ints, got {type(sequences).__name__}; for one "
+                f"sequence, [{sequences}]"
+            )
+        members = [self._find(name) for name in _names(sequences)]
         rows = torch.tensor([m.row for m in members], dtype=torch.long, device=self.device)
         width = max((len(m.pages) for m in members), default=0)
         return self.block_table[rows, : max(1, width)], self.lengths[rows]
 
     def _get(self, sequence: int) -> _Sequence:
+        return self._find(_name("sequence", sequence))
+
+    def _find(self, sequence: int) -> _Sequence:
         found = self._sequences.get(sequence)
         if found is None:
-            given_out = isinstance(sequence, int) and 0 <= sequence < self._next_id
+            given_out = 0 <= sequence < self._next_id
             why = "it was freed" if given_out else "no such sequence was given out"
             raise ValueError(f"sequence {sequence!r} is not alive: {why}")
         return found
 
     def _get_all(self, names: list[int]) -> list[_Sequence]:
-        members = [self._get(name) for name in names]
+        members = [self._find(name) for name in names]
         if len(set(names)) != len(names):
             raise ValueError(f"sequences must differ from one another, got {names}")
         return members
@@ -279,12 +309,13 @@ class PagedKVCache:
             raise RuntimeError(
                 f"max_sequences is {len(self.lengths)} and as many sequences are alive; free one"
             )
+        member = _Sequence(self._free_rows[-1], length, list(pages))
+        self._mirror([(member.row, length, member.pages)]).write()
         name, self._next_id = self._next_id, self._next_id + 1
-        member = _Sequence(self._free_rows.pop(), length, list(pages))
+        self._free_rows.pop()
         for page in pages:
             self._owners[page] += 1
         self._sequences[name] = member
-        self._mirror([member])
         return name
 
     def _check_tokens(self, tokens: object, batch: int | None) -> Tensor:
@@ -293,9 +324,7 @@ class PagedKVCache:
         dims = f"[{lead}n, num_heads, head_dim]"
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens must be a torch.Tensor {dims}, got {type(tokens).__name__}")
-        floats = (torch.bfloat16, torch.float16, torch.float32)
-        if tokens.dtype != self.dtype and not (self.fp8_format and tokens.dtype in floats):
-            raise TypeError(f"tokens must be of dtype {self.dtype}, got {tokens.dtype}")
+        check_dtype("tokens", tokens, _FLOATS if self.fp8_format else (self.dtype,))
         if tokens.device != self.device:
             raise ValueError(f"tokens must be on {self.device}, got {tokens.device}")
         rows = tokens if batch is not None else tokens.unsqueeze(0)
@@ -334,20 +363,50 @@ class PagedKVCache:
                 copies[page] = copies.get(page, 0) + 1
         return sum(count == self._owners[page] for page, count in copies.items())
 
-    def _grow(self, growth: _Growth) -> range | list[int]:
-        """Give a sequence its new pages; the slots (page * page_size + offset) to write."""
-        member = growth.sequence
-        if growth.copied is not None and self._owners[member.pages[growth.copied]] > 1:
-            shared, own = member.pages[growth.copied], self._take()
-            used = member.length % self.page_size
-            self.kv[own, :used] = self.kv[shared, :used]
-            self._release(shared)
-            member.pages[growth.copied] = own
-        member.pages.extend(self._take() for _ in range(growth.new_pages))
-        positions = range(member.length, growth.length)
-        member.length = growth.length
-        size = self.page_size
-        return [member.pages[at // size] * size + at % size for at in positions]
+    def _lay_out(self, growths: list[_Growth]) -> None:
+        """Fill in which pages each sequence has afterwards; the cache's own lists stay."""
+        taken = 0
+        parted: dict[int, int] = {}  # owners that a shared page loses
+
+        def take() -> int:
+            nonlocal taken
+            taken += 1
+            return self._free_pages[-taken]
+
+        for growth in growths:
+            growth.pages = list(growth.sequence.pages)
+            if growth.copied is not None:
+                shared = growth.pages[growth.copied]
+                left = parted.get(shared, 0)
+                if self._owners[shared] - left > 1:
+                    parted[shared] = left + 1
+                    growth.pages[growth.copied] = own = take()
+                    growth.copy = (shared, own)
+            growth.pages.extend(take() for _ in range(growth.new_pages))
+
+    def _slots(self, growth: _Growth) -> list[int]:
+        """Where the new tokens go: page * page_size + offset of each."""
+        pages, size = growth.pages, self.page_size
+        positions = range(growth.sequence.length, growth.length)
+        return [pages[at // size] * size + at % size for at in positions]
+
+    def _copy_shared(self, growths: list[_Growth]) -> None:
+        for growth in growths:
+            if growth.copy is not None:
+                shared, own = growth.copy
+                used = growth.sequence.length % self.page_size
+                self.kv[own, :used] = self.kv[shared, :used]
+
+    def _commit(self, growths: list[_Growth], taken: int) -> None:
+        """The pages laid out become the sequences'; nothing in here can fail."""
+        if taken:
+            for page in self._free_pages[-taken:]:
+                self._owners[page] = 1
+            del self._free_pages[-taken:]
+        for growth in growths:
+            if growth.copy is not None:
+                self._owners[growth.copy[0]] -= 1
+            growth.sequence.pages, growth.sequence.length = growth.pages, growth.length
 
     def _write(self, slots: Tensor, rows: Tensor) -> None:
         if self.fp8_format:
@@ -355,26 +414,55 @@ class PagedKVCache:
         else:
             self.kv.view(-1, self.num_heads, self.head_dim)[slots] = rows
 
-    def _take(self) -> int:
-        page = self._free_pages.pop()
-        self._owners[page] = 1
-        return page
-
     def _release(self, page: int) -> None:
         self._owners[page] -= 1
         if self._owners[page] == 0:
             self._free_pages.append(page)
 
-    def _mirror(self, members: list[_Sequence]) -> None:
-        """Bring the device's rows up to the host's lists, in place."""
-        if not members:
-            return
+    def _mirror(self, states: list[tuple[int, int, list[int]]]) -> _Mirror:
+        """Rows of the device's tensors as they are to be, from (row, length, pages) of each."""
+        if self.kv.is_inference() and not torch.is_inference_mode_enabled():
+            # torch refuses such a write after it is done.
+            raise RuntimeError("a cache made in inference mode can be changed only in that mode")
         width = self.block_table.shape[1]
-        used = max(len(m.pages) for m in members)
-        table = [m.pages + [-1] * (used - len(m.pages)) for m in members]
-        rows = torch.tensor([m.row for m in members], device=self.device)
-        lengths = torch.tensor([m.length for m in members], dtype=torch.int32)
-        block = torch.full((len(members), width), -1, dtype=torch.int32)
-        block[:, :used] = torch.tensor(table, dtype=torch.int32).view(len(members), used)
-        self.block_table[rows] = block.to(self.device)
-        self.lengths[rows] = lengths.to(self.device)
+        used = max((len(pages) for _, _, pages in states), default=0)
+        table = [pages + [-1] * (used - len(pages)) for _, _, pages in states]
+        block = torch.full((len(states), width), -1, dtype=torch.int32)
+        block[:, :used] = torch.tensor(table, dtype=torch.int32).view(len(states), used)
+        lengths = torch.tensor([length for _, length, _ in states], dtype=torch.int32)
+        rows = torch.tensor([row for row, _, _ in states], dtype=torch.long, device=self.device)
+        return _Mirror(self, rows, block.to(self.device), lengths.to(self.device))
+
+
+@dataclass
+class _Mirror:
+    """New rows of the device's tensors, made before anything is written."""
+
+    cache: PagedKVCache
+    rows: Tensor
+    block_table: Tensor
+    lengths: Tensor
+
+    def write(self) -> None:
+        """In place: the buffers never move."""
+        if len(self.rows):
+            self.cache.block_table[self.rows] = self.block_table
+            self.cache.lengths[self.rows] = self.lengths
+
+
+def _name(argument: str, value: object) -> int:
+    """A sequence's name as Python's int; a bool would pass for 0 or 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
+    return int(value)
+
+
+def _names(sequences: object) -> list[int]:
+    """The names of one sequence or of several."""
+    if isinstance(sequences, Integral):
+        return [_name("sequences", sequences)]
+    if not isinstance(sequences, Iterable) or isinstance(sequences, str | bytes | Tensor):
+        raise TypeError(
+            f"sequences must be an int or a sequence of ints, got {type(sequences).__name__}"
+        )
+    return [_name(f"sequences[{place}]", name) for place, name in enumerate(sequences)]

@@ -219,7 +219,12 @@ def test_wrong_tokens_change_nothing():
     before = state(cache)
     wrong = [
         (name, [[0.0]], TypeError, r"tokens must be a torch.Tensor \[n, num_heads, head_dim], got"),
-        (name, torch.zeros(1, 2, 3).half(), TypeError, "must be of dtype torch.float32, got"),
+        (
+            name,
+            torch.zeros(1, 2, 3).half(),
+            TypeError,
+            "tokens must be of dtype float32, got float16",
+        ),
         (name, torch.zeros(1, 2, 4), ValueError, r"num_heads 2, head_dim 3, got \[1, 2, 4]"),
         (name, torch.zeros(1, 3), ValueError, r"got \[1, 3]"),
         (name, torch.zeros(1, 2, 3, device="meta"), ValueError, "must be on cpu, got meta"),
@@ -238,6 +243,105 @@ def test_wrong_tokens_change_nothing():
     cache.append(name, torch.zeros(0, 2, 3))
     cache.append([], torch.zeros(0, 5, 2, 3))
     assert_same_state(cache, before)
+
+
+def test_an_append_that_fails_halfway_changes_nothing(monkeypatch):
+    """Whichever tensor cannot be made, and if the write itself is refused."""
+    cache = make(num_pages=12)
+    parent = cache.allocate(tokens(6))
+    names = [parent, cache.fork(parent), cache.allocate(tokens(4))]
+    before = state(cache)
+
+    def fail_at(call):
+        count = [0]
+
+        def tensor(*args, **kwargs):
+            count[0] += 1
+            if count[0] > call:
+                raise RuntimeError("no memory")
+            return original(*args, **kwargs)
+
+        return tensor
+
+    original = torch.tensor
+    new = torch.randn(3, 5, 1, 3)
+    for action in (lambda: cache.append(names, new), lambda: cache.allocate(tokens(3)),
+                   lambda: cache.fork(parent), lambda: cache.free(names)):  # fmt: skip
+        for call in range(3):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "tensor", fail_at(call))
+                with pytest.raises(RuntimeError, match="no memory"):
+                    action()
+            assert_same_state(cache, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_write", fail_at(0))
+        with pytest.raises(RuntimeError, match="no memory"):
+            cache.append(names, new)
+    assert_consistent(cache)
+    cache.append(names, new)
+    assert_consistent(cache)
+    assert torch.equal(contents(cache, names[1]), torch.cat([tokens(6), new[1]]))
+
+
+def test_a_cache_made_in_inference_mode_refuses_writes_from_outside():
+    with torch.inference_mode():
+        cache = make()
+        name = cache.allocate(tokens(3))
+    before = state(cache)
+    for action in (lambda: cache.append(name, tokens(1)), lambda: cache.fork(name),
+                   lambda: cache.free(name), lambda: cache.allocate(tokens(2))):  # fmt: skip
+        with pytest.raises(RuntimeError, match="[Ii]nference"):
+            action()
+        assert_same_state(cache, before)
+    with torch.inference_mode():
+        cache.append(name, tokens(1, 9.0))
+    assert cache.length(name) == 4
+
+
+def test_no_gradients_get_in():
+    cache = make()
+    name = cache.allocate(tokens(3).requires_grad_())
+    for _ in range(2):
+        cache.append([name], tokens(1)[None].requires_grad_())
+    assert not cache.kv.requires_grad and cache.kv.grad_fn is None
+    assert torch.is_grad_enabled()
+    packed = PagedKVCache(2, 64, fp8_format=True)
+    packed.allocate(torch.randn(3, 576).requires_grad_())
+    assert not packed.kv.requires_grad
+
+
+def test_names_of_sequences_and_pages():
+    cache = make()
+    first, second = cache.allocate(tokens(3)), cache.allocate(tokens(5))
+    cache.append(np.int64(second), tokens(1))
+    cache.append(np.array([first, second]), torch.zeros(2, 1, 1, 3))
+    assert cache.length(np.int64(second)) == 7 and cache.length(first) == 4
+    assert cache.tables((np.int32(second),))[1].tolist() == [7]
+    before = state(cache)
+    wrong = [
+        (lambda: cache.length(True), r"sequence must be an int, got bool"),
+        (lambda: cache.pages(None), r"sequence must be an int, got NoneType"),
+        (lambda: cache.fork(1.0), r"sequence must be an int, got float"),
+        (lambda: cache.free(None), r"sequences must be an int or a sequence of ints, got NoneType"),
+        (lambda: cache.free(True), r"sequences must be an int, got bool"),
+        (lambda: cache.free([first, True]), r"sequences\[1] must be an int, got bool"),
+        (lambda: cache.append(0.5, tokens(1)), r"sequences must be an int or a .*, got float"),
+        (lambda: cache.append([[0]], tokens(1)), r"sequences\[0] must be an int, got list"),
+        (lambda: cache.append(torch.tensor(0), tokens(1)), r"sequences must be .*, got Tensor"),
+        (lambda: cache.tables(0), r"sequences must be a sequence of ints, got int"),
+        (lambda: cache.tables("01"), r"sequences must be an int or a sequence of ints, got str"),
+        (lambda: cache.owners(1.0), r"page must be an int, got float"),
+        (lambda: PagedKVCache(2, dtype=torch.int8), r"dtype must be .*, got torch.int8"),
+        (lambda: PagedKVCache(2, dtype="half"), r"dtype must be .*, got 'half'"),
+    ]
+    for action, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            action()
+        assert_same_state(cache, before)
+    for page, message in ((-1, "page must be at least 0, got -1"), (99, "at most 7, got 99")):
+        with pytest.raises(ValueError, match=message):
+            cache.owners(page)
+    assert cache.owners(cache.pages(first)[0]) == 1
 
 
 def test_limits():
