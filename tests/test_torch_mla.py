@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 
 import pytest
@@ -100,6 +101,49 @@ def test_a_stale_plan_reads_nothing_outside():
             0.04, False,
         )  # fmt: skip
         assert not out.isnan().any() and not lse.isnan().any()
+
+
+def of_plan(inputs, metadata, num_splits):
+    return mla.dense_decode(
+        inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, metadata,
+        num_splits, inputs.case.scale, False,
+    )  # fmt: skip
+
+
+def test_a_foreign_plan_gives_a_wrong_result_and_no_more():
+    inputs = DecodeCase("foreign", (700, 65), 2, 4, seed=79).build()
+    many, _ = split_kv.get_metadata(torch.full((40,), 300, dtype=torch.int32), 9)
+    own, num_splits = split_kv.get_metadata(inputs.cache_seqlens, 9)
+    out, lse = of_plan(inputs, many, num_splits)
+    assert out.shape == (2, 2, 4, 512) and not out.isnan().any() and not lse.isnan().any()
+
+    want = of_plan(inputs, own, num_splits)
+    low, high = -(2**31), 2**31 - 1
+    for garbage in ([-7, 0, 1], [low] * 3, [high] * 3, [5, 2, 0], [high, low, 3], [0, 0, 0]):
+        out, lse = of_plan(inputs, own, torch.tensor(garbage, dtype=torch.int32))
+        assert not out.isnan().any() and not lse.isnan().any()
+    for column, value in itertools.product(range(5), (low, -7, -1, 3, 1000, high)):
+        wrong = own.clone()
+        wrong[::2, column] = value
+        out, lse = of_plan(inputs, wrong, num_splits)
+        assert not out.isnan().any() and not lse.isnan().any()
+    torch.manual_seed(5)
+    for _ in range(50):
+        wrong = torch.randint(-3, 12, own.shape, dtype=torch.int32)
+        out, lse = of_plan(inputs, wrong, torch.randint(-3, 20, (3,), dtype=torch.int32))
+        assert not out.isnan().any() and not lse.isnan().any()
+    for got, expected in zip(of_plan(inputs, own, num_splits), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_part_of_no_request_leaves_the_others_right():
+    """Requests outside the batch are skipped, and what is inside is done."""
+    inputs = DecodeCase("outside", (300, 65), 2, 4, seed=80).build()
+    metadata = torch.tensor([[-7, 3, 0, 5, 0, 0, 0, 0], [1, 0, 9, 4, 0, 0, 0, 0]]).int()
+    out, lse = of_plan(inputs, metadata, torch.tensor([0, 1, 2]).int())
+    want_out, want_lse = inputs.expected()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
 
 
 def test_fast_enough_for_a_notebook():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,12 +36,13 @@ def dense_decode(
     h_kv = k_cache.shape[2]
     reach = block_table.shape[1] * k_cache.shape[1] if k_cache.shape[0] else 0
     lengths = cache_seqlens.long().clamp(0, reach)
-    prefix = num_splits.tolist()
+    prefix = _bounded(num_splits.tolist(), batch + tile_scheduler_metadata.shape[0])
     splits = _splits(tile_scheduler_metadata.tolist(), prefix, lengths.tolist())
 
     # Rows that share a KV head stand together: [b, h_kv, s_q * group, d_qk].
     rows = q.view(batch, s_q, h_kv, h_q // h_kv, d_qk).transpose(1, 2).flatten(2, 3).float()
-    shape = (prefix[-1], h_kv, rows.shape[2])
+    # One slot more than the plan has: where a foreign plan gives a request no split at all.
+    shape = (prefix[-1] + 1, h_kv, rows.shape[2])
     out_partial = torch.zeros(*shape, head_dim_v, device=q.device)
     lse_partial = torch.full(shape, float("-inf"), device=q.device)
     if causal:  # the last query is aligned with the last key
@@ -72,17 +74,23 @@ def dense_decode(
 Split = tuple[int, int, int, int]  # slot, request, first key, end of keys
 
 
+def _bounded(num_splits: list[int], slots: int) -> list[int]:
+    """Prefix sums as they are; anything else made to rise from 0 or more to at most ``slots``."""
+    return list(accumulate((min(max(0, count), slots) for count in num_splits), max))
+
+
 def _splits(metadata: list[list[int]], num_splits: list[int], lengths: list[int]) -> list[Split]:
     """The splits of a plan: what each part does of each request that it touches."""
     splits = []
     for begin_request, begin_tile, end_request, end_tile, begin_split, *_ in metadata:
-        for request in range(begin_request, min(end_request + 1, len(lengths))):
+        for request in range(max(0, begin_request), min(end_request + 1, len(lengths))):
             first = begin_tile if request == begin_request else 0
             length = lengths[request]
             end = min(length, end_tile * TILE) if request == end_request else length
             slot = num_splits[request] + (begin_split if request == begin_request else 0)
             # A plan made for other lengths may not fit; it gives a wrong result and no more.
-            if first * TILE < end and slot < num_splits[request + 1]:
+            fits = num_splits[request] <= slot < num_splits[request + 1]
+            if fits and 0 <= first * TILE < end:
                 splits.append((slot, request, first * TILE, end))
     return splits
 
