@@ -14,7 +14,10 @@ import torch
 
 from flashmla import backend
 
-__all__ = ["define", "register_autograd"]
+__all__ = ["define", "defined", "register_autograd"]
+
+defined: list[str] = []
+"""Every operation registered so far, by its name among the tiers."""
 
 _LIBRARY = torch.library.Library("flashmla", "DEF")
 
@@ -35,6 +38,7 @@ def define(
         A function of the same arguments: the tier's when run eagerly, the operator when compiled.
     """
     name = op.replace(".", "_")
+    defined.append(op)
 
     def run(*args: Any) -> Any:
         return backend.call(op, args[device_argument].device, *args)
