@@ -358,6 +358,10 @@ def test_a_plan_object_is_checked_like_two_tensors(metadata, splits, error, mess
     want = call(given)
     got = call(given | {"tile_scheduler_metadata": made, "num_splits": None})
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    made.tile_scheduler_metadata = metadata  # another one after a good one is looked at again
+    made.num_splits = splits
+    with pytest.raises(error, match=message):
+        call(given | {"tile_scheduler_metadata": made, "num_splits": None})
 
 
 def test_a_call_that_fails_leaves_the_plan_free(monkeypatch):
