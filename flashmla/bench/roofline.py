@@ -40,9 +40,7 @@ class Ceilings:
 
 def predicted_us(flops: float, bytes_moved: float, ceilings: Ceilings) -> float:
     """Microseconds if the slower of the two, memory and arithmetic, were all there is."""
-    return max(
-        bytes_moved / (ceilings.read_gbps * 1e3), flops / (ceilings.matmul_tflops * 1e6)
-    )
+    return max(bytes_moved / (ceilings.read_gbps * 1e3), flops / (ceilings.matmul_tflops * 1e6))
 
 
 def bound(flops: float, bytes_moved: float, ceilings: Ceilings) -> str:
