@@ -23,8 +23,8 @@ constexpr int kThreads = 384;  // one producer warpgroup, two consumer warpgroup
 constexpr int kConsumerThreads = 256;
 static_assert(kTokens == kTileTokens, "the plan's tile is the kernel's tile");
 
-// A tile of K arrives in three groups of pieces, because they come free at different times: the
-// half of V that warpgroup 0 owns, the half that warpgroup 1 owns, and RoPE, which only QKᵀ reads.
+// A tile of K comes free in three groups of pieces, each at its own time: the half of V that
+// consumer 0 owns, the half that consumer 1 owns, and RoPE, which only the scores need.
 enum Group : int { kLeft = 0, kRight = 1, kRope = 2, kGroups = 3 };
 __host__ __device__ constexpr int first_piece(int group) {
   return group * kPiecesHalf;

@@ -1,5 +1,5 @@
-// Dense MLA decode for sm_90a: out = softmax(q Kᵀ · scale) V over a paged cache, V being the first
-// 512 columns of K.
+// Dense MLA decode for sm_90a: out = softmax(q Kᵀ · scale) V over a paged cache, where V is the
+// first 512 columns of K.
 //
 // One CTA computes 64 query rows against stretches of the cache that the plan gives it. Its three
 // warpgroups: a producer that fetches tiles by TMA through the block table, and two consumers. The
@@ -167,8 +167,8 @@ struct Consumer {
     cute::warpgroup_commit_batch();
   }
 
-  // Rows of V past the end of the request may hold anything, NaN included, and 0 · NaN is NaN: they
-  // are cleared. Their scores are masked already, so that QKᵀ may read either content.
+  // Rows of V past the end of the request may hold anything, NaN included, and 0 · NaN is NaN, so
+  // they are cleared. Their scores are masked already: QKᵀ may read either content.
   __device__ __forceinline__ void clear_tail(int j, int valid_tokens) {
     T* v = shared.kv[stage(j)] + kMine * kPiecesHalf * kPieceElements;
     for (int i = thread; i < kPiecesHalf * (kTokens - valid_tokens) * 8; i += 128) {
