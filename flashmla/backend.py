@@ -43,7 +43,6 @@ TIERS = ("cuda", "triton", "torch")
 calls: dict[str, dict[str, int]] = {}
 """How often each tier served each operation in this process: operation -> {tier: calls}."""
 
-_CUDA_KERNELS = frozenset({"mla.dense_decode", "split_kv.get_metadata", "split_kv.merge_state"})
 _HOPPER = (9, 0)
 
 _log = logging.getLogger("flashmla")
@@ -245,9 +244,18 @@ def _import(tier: str, stage: str) -> ModuleType | str:
         return f"cannot be imported: {error}"
 
 
+def _has_cuda_kernel(op: str) -> bool:
+    """Whether ``flashmla.cuda`` names the operation, be its library built or not."""
+    stage, name = op.split(".")
+    try:
+        return hasattr(importlib.import_module(f"flashmla.cuda.{stage}"), name)
+    except ImportError:
+        return False
+
+
 def _demand_required_tier(op: str, tier: str, refused: list[tuple[str, str]]) -> None:
     required = os.environ.get("FLASHMLA_REQUIRE_TIER")
-    if required and tier != required and op in _CUDA_KERNELS:
+    if required and tier != required and _has_cuda_kernel(op):
         reasons = "; ".join(f"the {name} tier {why}" for name, why in refused)
         raise RuntimeError(
             f"flashmla: FLASHMLA_REQUIRE_TIER={required}, but {op} would run on the {tier} tier: "

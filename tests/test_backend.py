@@ -160,6 +160,15 @@ def test_triton_takes_cpu_tensors_in_its_interpreter(tiers, monkeypatch):
         assert backend.tier_for(OP, CPU) == "triton"
 
 
+@pytest.mark.parametrize(
+    ("op", "want"),
+    [("mla.dense_decode", True), ("split_kv.get_metadata", True), ("split_kv.merge_state", True),
+     ("split_kv.combine", False), ("dsa.topk", False), ("mha.forward", False)],
+)  # fmt: skip
+def test_what_hopper_has_kernels_for_is_read_off_the_tier(op, want):
+    assert backend._has_cuda_kernel(op) is want
+
+
 def test_a_required_tier_that_steps_down_is_an_error(tiers, monkeypatch):
     monkeypatch.setenv("FLASHMLA_REQUIRE_TIER", "cuda")
     tiers("torch", dense_decode=lambda: "torch", topk=lambda: "torch")

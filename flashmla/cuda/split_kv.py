@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from flashmla.cuda.library import load
+from flashmla.schedule import METADATA_COLUMNS
 
 __all__ = ["get_metadata", "merge_state"]
-
-PLAN_COLUMNS = 8
 
 
 def get_metadata(
@@ -22,7 +21,7 @@ def get_metadata(
     if out is None:
         b = cache_seqlens.shape[0]
         out = (
-            cache_seqlens.new_empty(parts, PLAN_COLUMNS, dtype=torch.int32),
+            cache_seqlens.new_empty(parts, METADATA_COLUMNS, dtype=torch.int32),
             cache_seqlens.new_empty(b + 1, dtype=torch.int32),
         )
     load().get_metadata(cache_seqlens, *out)
