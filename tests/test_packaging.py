@@ -29,7 +29,7 @@ CONDA_NAMES = {
 }
 # What pip does not bring: tools, and things that only a GPU machine needs.
 CONDA_ONLY = {
-    "pip", "make", "nodejs", "cuda-nvcc", "cuda-cudart-dev", "cxx-compiler", "cutlass",
+    "pip", "make", "nodejs", "cuda-nvcc", "cuda-cudart-dev", "cuda-cccl", "cxx-compiler", "cutlass",
     "pytorch-gpu",
 }  # fmt: skip
 
