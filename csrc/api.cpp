@@ -1,58 +1,11 @@
 // What Python calls: each function unpacks tensors and launches kernels on the caller's stream.
 // Arguments were checked in flashmla/ops; what is checked again here guards memory.
-#include <cuda_runtime.h>
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/function.h>
-#include <tvm/ffi/tvm_ffi.h>
-
-#include "common/cuda_check.h"
+#include "common/ffi.h"
 #include "sm90/launch.h"
 #include "sm90/schedule.h"
 
 namespace flashmla {
 namespace {
-
-using tvm::ffi::TensorView;
-
-// Makes the tensors' device current for the launch, and the caller's again afterwards.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const DLDevice& device) : device_(device) {
-    FLASHMLA_CUDA_CHECK(cudaGetDevice(&previous_));
-    if (previous_ != device.device_id) FLASHMLA_CUDA_CHECK(cudaSetDevice(device.device_id));
-  }
-  ~DeviceGuard() {
-    if (previous_ != device_.device_id) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  cudaStream_t stream() const {
-    return static_cast<cudaStream_t>(TVMFFIEnvGetStream(device_.device_type, device_.device_id));
-  }
-
- private:
-  DLDevice device_;
-  int previous_ = 0;
-};
-
-template <class T>
-T* data(const TensorView& t) {
-  return reinterpret_cast<T*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
-}
-
-void require(bool condition, const char* what) {
-  if (!condition) TVM_FFI_THROW(ValueError) << what;
-}
-
-bool is_bf16(const TensorView& t) {
-  return t.dtype().code == kDLBfloat;
-}
-
-int size32(const TensorView& t, int axis) {
-  return static_cast<int>(t.size(axis));
-}
 
 // cache_seqlens [b]; plan [parts, 8]; num_splits [b + 1]; all int32
 void get_metadata(TensorView cache_seqlens, TensorView plan, TensorView num_splits) {
