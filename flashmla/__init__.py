@@ -14,6 +14,7 @@ from flashmla.ops.mha import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flashmla.ops.mla import flash_mla_with_kvcache
+from flashmla.ops.paged_kv import paged_append
 from flashmla.ops.split_kv import SplitPlan, get_mla_metadata, merge_state
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "indexer_logits",
     "indexer_logits_paged",
     "merge_state",
+    "paged_append",
     "topk",
     "use_backend",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashmla import fp8
 from flashmla.checks import check_bool, check_dtype, check_int
+from flashmla.ops.paged_kv import paged_append
 
 __all__ = ["OutOfPages", "PagedKVCache"]
 
@@ -412,7 +413,7 @@ class PagedKVCache:
         if self.fp8_format:
             fp8.append(self.kv, slots, rows.reshape(-1, self.head_dim))
         else:
-            self.kv.view(-1, self.num_heads, self.head_dim)[slots] = rows
+            paged_append(self.kv, slots, rows)
 
     def _release(self, page: int) -> None:
         self._owners[page] -= 1

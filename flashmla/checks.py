@@ -20,12 +20,14 @@ __all__ = [
     "check_bool",
     "check_device",
     "check_dtype",
+    "check_finite",
     "check_int",
     "check_last_dim_contiguous",
     "check_number",
     "check_page_strides",
     "check_range",
     "check_shape",
+    "check_slots",
     "check_tensor",
     "float_dtypes",
     "values_wanted",
@@ -150,6 +152,30 @@ def check_range(name: str, value: torch.Tensor, low: int, high: int, meaning: st
         raise ValueError(
             f"{name}{place} is {value[tuple(place)].item()}, but {meaning} must be from {low} to "
             f"{high} ({len(wrong)} such values)"
+        )
+
+
+def check_slots(name: str, slots: torch.Tensor, capacity: int) -> None:
+    """Slots of a cache that differ; negative ones drop their token. Reads the tensor."""
+    meaning = "a slot (negative drops the token)"
+    check_range(name, slots.clamp(min=-1), -1, capacity - 1, meaning)
+    ordered, places = slots.sort(stable=True)
+    again = ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).nonzero().squeeze(1)
+    if len(again):
+        repeat = int(places[again + 1].min())
+        slot = int(slots[repeat])
+        before = int((slots == slot).nonzero()[0])
+        raise ValueError(f"{name}[{repeat}] is {slot}, as {name}[{before}] is: slots must differ")
+
+
+def check_finite(name: str, value: torch.Tensor, meaning: str) -> None:
+    """No NaN and no infinity; reads the tensor, so only where values are wanted."""
+    wrong = (~value.isfinite()).nonzero()
+    if len(wrong):
+        place = wrong[0].tolist()
+        raise ValueError(
+            f"{name}{place} is {value[tuple(place)].item()}, but {meaning} ({len(wrong)} such "
+            "values)"
         )
 
 

@@ -11,7 +11,10 @@ bytes      what
 A value is code * scale. The scale of a tile of 128 values is max(max|x|, 1e-4) / 448 in float32,
 rounded up to a power of two unless asked otherwise; any positive float32 is legal in the format. A
 code is the float32 quotient x / scale, clamped to +-448 and rounded to the nearest, ties to even.
-A tile that holds NaN or an infinity becomes NaN as a whole.
+
+A tile that holds NaN or an infinity becomes NaN as a whole: its scale is the NaN 0x7fc00000 and
+each of its codes the NaN 0x7f. In the RoPE part a NaN becomes the bfloat16 0x7fc0 and an infinity
+stays one; what is beyond bfloat16's range becomes an infinity. ``FLASHMLA_CHECK=1`` refuses both.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from torch import Tensor
 from flashmla.checks import (
     check_bool,
     check_dtype,
+    check_finite,
     check_last_dim_contiguous,
-    check_range,
     check_shape,
+    check_slots,
     check_tensor,
     values_wanted,
 )
@@ -59,6 +63,7 @@ CACHE_DTYPES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
 """What a cache may be declared as; the bytes are the same."""
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_FINITE = "what is quantised must be finite"
 
 
 def _fake_pack(x: Tensor, power_of_two: bool) -> Tensor:
@@ -92,17 +97,21 @@ def pack(x: Tensor, power_of_two: bool = True) -> Tensor:
 
     Raises:
         TypeError: x is no tensor of one of these dtypes, or power_of_two no bool.
-        ValueError: a last dimension other than 576, or not contiguous.
+        ValueError: a last dimension other than 576, or not contiguous; with ``FLASHMLA_CHECK=1``
+            also NaN or an infinity in x.
 
     Example:
         >>> packed = flashmla.fp8.pack(torch.full((3, 576), 0.3))
         >>> packed.shape, flashmla.fp8.unpack(packed)[0, 0].item()
         (torch.Size([3, 656]), 0.3125)
 
-    Source: ``flashmla/torch/fp8.py``; the oracle is ``flashmla/reference/fp8.py``.
+    Source: ``flashmla/torch/fp8.py``, ``flashmla/triton/fp8.py``,
+    ``csrc/sm90/fp8_cache/pack.cu``; the oracle is ``flashmla/reference/fp8.py``.
     """
     _check_last("x", x, HEAD_DIM, _FLOATS)
     check_bool("power_of_two", power_of_two)
+    if values_wanted():
+        check_finite("x", x, _FINITE)
     packed = _pack(x.reshape(-1, HEAD_DIM), power_of_two)
     return packed.view(*x.shape[:-1], BYTES_PER_TOKEN)
 
@@ -120,7 +129,8 @@ def unpack(cache: Tensor) -> Tensor:
         TypeError: cache is no tensor of one of these dtypes.
         ValueError: a last dimension other than 656, or not contiguous.
 
-    Source: ``flashmla/torch/fp8.py``.
+    Source: ``flashmla/torch/fp8.py``, ``flashmla/triton/fp8.py``,
+    ``csrc/sm90/fp8_cache/unpack.cu``.
     """
     _check_last("cache", cache, BYTES_PER_TOKEN, CACHE_DTYPES)
     return _unpack(cache)
@@ -133,16 +143,17 @@ def append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
         cache: [blocks, page, 1, 656] of uint8, int8 or float8_e4m3fn; the stride between pages
             is free.
         slots: int32 or int64 [n]: block * page + offset of each token. A negative slot drops its
-            token, and so does one beyond the cache. Slots must differ from one another; of two
-            tokens for one slot, either may be what remains.
+            token, and so does one beyond the cache. Slots must differ from one another: one given
+            twice holds a mixture of its tokens afterwards.
         x: [n, 576], bfloat16, float16 or float32.
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype.
         ValueError: shapes, devices or strides that do not fit; with ``FLASHMLA_CHECK=1`` also a
-            slot beyond the cache.
+            slot beyond the cache or given twice, and NaN or an infinity in x.
 
-    Source: ``flashmla/torch/fp8.py``.
+    Source: ``flashmla/torch/fp8.py``, ``flashmla/triton/fp8.py``,
+    ``csrc/sm90/fp8_cache/pack.cu``.
     """
     dims = "[blocks, page, 1, 656]"
     check_tensor("cache", cache, dims, CACHE_DTYPES)
@@ -151,8 +162,8 @@ def append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
     check_tensor("x", x, "[n, 576]", _FLOATS, cache.device)
     check_shape("x", x, (slots.shape[0], HEAD_DIM), "[n, 576]")
     if values_wanted():
-        last = cache.shape[0] * cache.shape[1] - 1
-        check_range("slots", slots.clamp(min=-1), -1, last, "a slot (negative drops the token)")
+        check_slots("slots", slots, cache.shape[0] * cache.shape[1])
+        check_finite("x", x, _FINITE)
     _append(cache, slots, x)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fp8_bodies as bodies
 import ml_dtypes
 import numpy as np
 import pytest
@@ -33,6 +34,23 @@ def test_pack_is_the_oracles(dtype, power_of_two):
     x = tokens(dtype)
     want = reference.pack(to_numpy(x), power_of_two)
     np.testing.assert_array_equal(tier.pack(x, power_of_two).numpy(), want)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pack_of_rows_that_are_hard_to_round(dtype, power_of_two):
+    bodies.check_pack("torch", dtype, power_of_two)
+
+
+def test_unpack_of_every_code_under_any_scale():
+    bodies.check_unpack("torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("page", "heads", "d"), [(64, 1, 576), (1, 3, 5)])
+def test_paged_append(dtype, page, heads, d):
+    bodies.check_append("torch", dtype, page, 13, torch.int64)
+    bodies.check_paged_append("torch", dtype, page, heads, d)
 
 
 @pytest.mark.parametrize("power_of_two", [True, False])

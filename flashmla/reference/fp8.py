@@ -6,6 +6,9 @@
 
 Numbers are stored little-endian.  Quantisation is float32 arithmetic by definition of the format,
 so here, and only here, the oracle computes in float32.
+
+A tile that holds NaN or an infinity is lost as a whole, and says so twice: its scale is NaN and
+each of its codes is 0x7f, which is NaN.  A RoPE value that is NaN becomes 0x7fc0.
 """
 
 from __future__ import annotations
@@ -39,10 +42,12 @@ def quantise(x, power_of_two=True):
     """
     tiles = x.reshape(*x.shape[:-1], x.shape[-1] // TILE, TILE)
     amax = np.max(np.abs(tiles), axis=-1)
-    scales = np.maximum(amax, SMALLEST_AMAX) / E4M3_MAX
+    lost = ~np.isfinite(amax)
+    scales = np.maximum(np.where(lost, 1, amax), SMALLEST_AMAX) / E4M3_MAX
     if power_of_two:
         scales = round_up_to_power_of_two(scales)
-    return to_e4m3(tiles / scales[..., None]).reshape(x.shape), scales
+    codes = to_e4m3(np.where(lost[..., None], np.float32(np.nan), tiles / scales[..., None]))
+    return codes.reshape(x.shape), np.where(lost, np.float32(np.nan), scales)
 
 
 def dequantise(codes, scales, dtype=np.float32):
@@ -55,7 +60,8 @@ def pack(x, power_of_two=True):
     """Tokens x [..., 576] of any float dtype -> cache bytes uint8 [..., 656]."""
     x = np.asarray(x).astype(np.float32)
     codes, scales = quantise(x[..., :D_NOPE], power_of_two)
-    rope = x[..., D_NOPE:].astype(ml_dtypes.bfloat16)
+    rope = x[..., D_NOPE:]
+    rope = np.where(np.isnan(rope), np.float32(np.nan), rope).astype(ml_dtypes.bfloat16)
     fields = [np.ascontiguousarray(field).view(np.uint8) for field in (codes, scales, rope)]
     return np.concatenate(fields, axis=-1)
 

@@ -14,23 +14,37 @@ from flashmla.fp8 import (
     SMALLEST_MAXIMUM,
     TILE_DIM,
 )
+from flashmla.torch import paged_kv
 
-__all__ = ["append", "pack", "unpack"]
+__all__ = ["append", "pack", "quantise", "unpack"]
+
+_E4M3_NAN, _BF16_NAN, _FLOAT_NAN = 0x7F, 0x7FC0, 0x7FC00000
 
 
 @torch.no_grad()
 def pack(x: Tensor, power_of_two: bool) -> Tensor:
     """[tokens, 576] -> uint8 [tokens, 656]."""
-    tiles = x[:, :NOPE_DIM].float().view(-1, NOPE_DIM // TILE_DIM, TILE_DIM)
-    maximum = tiles.abs().amax(-1).clamp(min=SMALLEST_MAXIMUM)
+    codes, scales = quantise(x[:, :NOPE_DIM], power_of_two)
+    rope = x[:, NOPE_DIM:]
+    # Conversions differ in what becomes of a NaN's sign and payload, so none is left to them.
+    bits = rope.to(torch.bfloat16).view(torch.int16).masked_fill(rope.isnan(), _BF16_NAN)
+    return torch.cat([codes, scales.view(torch.uint8), bits.view(torch.uint8)], dim=1)
+
+
+def quantise(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """[tokens, n * 128] -> codes uint8 [tokens, n * 128], scales float32 [tokens, n]."""
+    tiles = x.float().unflatten(-1, (-1, TILE_DIM))
+    maximum = tiles.abs().amax(-1)
+    lost = ~maximum.isfinite()
+    maximum = maximum.masked_fill(lost, 1.0).clamp(min=SMALLEST_MAXIMUM)
     # Divide by a tensor: on a GPU torch multiplies by the reciprocal of a number.
     scales = maximum / torch.full_like(maximum, E4M3_MAX)
     if power_of_two:
         scales = _round_up_to_power_of_two(scales)
     quotients = (tiles / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
-    codes = quotients.to(torch.float8_e4m3fn).view(-1, NOPE_DIM)
-    rope = x[:, NOPE_DIM:].to(torch.bfloat16).contiguous()
-    return torch.cat([part.view(torch.uint8) for part in (codes, scales, rope)], dim=1)
+    codes = quotients.to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = codes.masked_fill(lost.unsqueeze(-1), _E4M3_NAN).flatten(-2)
+    return codes, scales.view(torch.int32).masked_fill(lost, _FLOAT_NAN).view(torch.float32)
 
 
 def _round_up_to_power_of_two(scales: Tensor) -> Tensor:
@@ -53,7 +67,4 @@ def unpack(cache: Tensor) -> Tensor:
 @torch.no_grad()
 def append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
     """Write packed tokens into the slots of a cache [blocks, page, 1, 656], in place."""
-    blocks, page = cache.shape[:2]
-    kept = ((slots >= 0) & (slots < blocks * page)).nonzero().squeeze(1)
-    slots = slots[kept].long()
-    cache.view(torch.uint8)[slots // page, slots % page, 0] = pack(x[kept], True)
+    paged_kv.append(cache.view(torch.uint8), slots, pack(x, True).unsqueeze(1))

@@ -1,0 +1,217 @@
+"""Stage 05 in Triton: tokens of 656 bytes, written and read.
+
+    bytes 0-511     512 float8_e4m3 codes: the NoPE part, a value is code * scale
+    bytes 512-527   4 float32 scales, one for each tile of 128 values
+    bytes 528-655   64 bfloat16 values: the RoPE part, not quantised
+
+Roundings are written out in integers: cards before Ada have no instruction for e4m3, and those
+that have one do not agree on what becomes of a NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from flashmla.fp8 import BYTES_PER_TOKEN, HEAD_DIM
+from flashmla.triton.common import on_device
+from flashmla.triton.paged_kv import find_slot
+
+TILES = tl.constexpr(4)
+TILE = tl.constexpr(128)
+ROPE = tl.constexpr(64)
+NOPE = tl.constexpr(512)
+SCALES_AT = tl.constexpr(512)  # bytes
+ROPE_AT = tl.constexpr(528)
+INFINITY_BITS = tl.constexpr(0x7F800000)
+NAN_BITS = tl.constexpr(0x7FC00000)
+
+
+# region: e4m3_codes
+@triton.jit
+def e4m3_codes(quotients):
+    """The float8_e4m3 nearest to each quotient, ties to even, clamped to +-448: int32 0 to 255."""
+    sign = (quotients.to(tl.int32, bitcast=True) >> 24) & 0x80
+    size = tl.minimum(tl.abs(quotients), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    # From 2^-6 on: cut 23 bits of mantissa to 3, and move the exponent's bias from 127 to 7.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # Below it codes are multiples of 2^-9, which is the last bit of a float32 at 2^14.
+    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    return tl.where(size < 0.015625, small, normal) | sign
+
+
+# endregion: e4m3_codes
+
+
+# region: quantise
+@triton.jit
+def quantise(x, POWER_OF_TWO: tl.constexpr):
+    """x [T, 128] float32 -> codes [T, 128] int32, bits of the scales [T] int32.
+
+    A tile that holds NaN or an infinity gets the scale NaN and codes that are NaN.
+    """
+    # Absolute values compare like their bits, with NaN above all.
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # [T]
+    lost = largest >= INFINITY_BITS
+    largest = tl.where(lost, 0, largest).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(tl.maximum(largest, 1e-4), tl.full(largest.shape, 448.0, tl.float32))
+    if POWER_OF_TWO:
+        # Carry the mantissa into the exponent, then drop it.
+        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & INFINITY_BITS
+        scale = bits.to(tl.float32, bitcast=True)
+    codes = e4m3_codes(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)))
+    codes = tl.where(lost[:, None], 0x7F, codes)
+    return codes, tl.where(lost, NAN_BITS, scale.to(tl.int32, bitcast=True))
+
+
+# endregion: quantise
+
+
+# region: bf16_bits
+@triton.jit
+def bf16_bits(x):
+    """The bfloat16 nearest to each float32, ties to even, as int32; NaN becomes 0x7fc0."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where((bits & 0x7FFFFFFF) > INFINITY_BITS, 0x7FC0, rounded)
+
+
+# endregion: bf16_bits
+
+
+# region: pack_kernel
+@triton.jit(do_not_specialize=["page", "capacity"])
+def pack_kernel(
+    x,  # [n, 576]
+    slots,  # [n] int32 or int64, or anything without HAS_SLOTS
+    codes,  # [blocks, page, 656] uint8: the cache
+    scales,  # [blocks, page, 164] int32: the same bytes
+    rope,  # [blocks, page, 328] int16: the same bytes
+    x_stride,
+    stride_block,  # bytes
+    stride_token,  # bytes
+    page,
+    capacity,  # blocks * page
+    POWER_OF_TWO: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+):
+    # One program for one token.
+    token = tl.program_id(0).to(tl.int64)
+    slot = find_slot(slots, token, capacity, HAS_SLOTS)
+    if slot < 0:
+        return
+    row = slot // page * stride_block + slot % page * stride_token  # bytes
+
+    tile = tl.arange(0, TILES)  # [T]
+    place = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [T, 128]
+    values = tl.load(x + token * x_stride + place).to(tl.float32)
+    nope, scale_bits = quantise(values, POWER_OF_TWO)
+    tl.store(codes + row + place, nope.to(tl.uint8))
+    tl.store(scales + (row + SCALES_AT) // 4 + tile, scale_bits)
+    column = tl.arange(0, ROPE)  # [64]
+    values = tl.load(x + token * x_stride + NOPE + column).to(tl.float32)
+    tl.store(rope + (row + ROPE_AT) // 2 + column, bf16_bits(values).to(tl.int16))
+
+
+# endregion: pack_kernel
+
+
+# region: unpack_kernel
+@triton.jit
+def e4m3_values(codes):
+    """What float8_e4m3 codes, int32 0 to 255, are worth, as float32."""
+    size = codes & 0x7F
+    normal = ((size << 20) + ((127 - 7) << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)  # 2^-9
+    value = tl.where(size == 0x7F, float("nan"), value)
+    # The sign goes in as a bit: Triton's minus is a subtraction, from which 0 comes out positive.
+    bits = value.to(tl.int32, bitcast=True) | ((codes & 0x80) << 24)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["inner"])
+def unpack_kernel(
+    codes,  # [outer, inner, 656] uint8: the cache
+    scales,  # [outer, inner, 164] float32: the same bytes
+    rope,  # [outer, inner, 328] int16: the same bytes
+    values,  # [outer * inner, 576] float32
+    stride_outer,  # bytes
+    stride_inner,  # bytes
+    inner,
+):
+    # One program for one token.
+    token = tl.program_id(0).to(tl.int64)
+    row = token // inner * stride_outer + token % inner * stride_inner  # bytes
+    tile = tl.arange(0, TILES)  # [T]
+    place = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [T, 128]
+    scale = tl.load(scales + (row + SCALES_AT) // 4 + tile)  # [T]
+    nope = e4m3_values(tl.load(codes + row + place).to(tl.int32)) * scale[:, None]
+    tl.store(values + token * (NOPE + ROPE) + place, nope)
+    column = tl.arange(0, ROPE)  # [64]
+    bits = tl.load(rope + (row + ROPE_AT) // 2 + column).to(tl.int32) << 16
+    out = values + token * (NOPE + ROPE) + NOPE + column
+    tl.store(out, bits.to(tl.float32, bitcast=True))
+
+
+# endregion: unpack_kernel
+
+
+def pack(x: torch.Tensor, power_of_two: bool) -> torch.Tensor:
+    """[tokens, 576] -> uint8 [tokens, 656]."""
+    packed = torch.empty(x.shape[0], BYTES_PER_TOKEN, dtype=torch.uint8, device=x.device)
+    _pack(x, None, packed.view(1, -1, 1, BYTES_PER_TOKEN), power_of_two)
+    return packed
+
+
+def append(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:
+    """Quantises x [n, 576] into the slots [n] of a cache [blocks, page, 1, 656], in place."""
+    _pack(x, slots, cache, True)
+
+
+def _pack(
+    x: torch.Tensor, slots: torch.Tensor | None, cache: torch.Tensor, power_of_two: bool
+) -> None:
+    blocks, page = cache.shape[:2]
+    if x.shape[0] == 0 or blocks * page == 0:
+        return
+    with on_device(cache.device):
+        pack_kernel[(x.shape[0],)](
+            x, x if slots is None else slots, *_views(cache), x.stride(0), cache.stride(0),
+            cache.stride(1), page, blocks * page, POWER_OF_TWO=power_of_two,
+            HAS_SLOTS=slots is not None, num_warps=1,
+        )  # fmt: skip
+
+
+def unpack(cache: torch.Tensor) -> torch.Tensor:
+    """[..., 656] of one-byte elements -> float32 [..., 576]."""
+    lead = cache.shape[:-1]
+    while cache.dim() < 3:
+        cache = cache.unsqueeze(0)
+    rows = cache.flatten(1, -2)  # [outer, inner, 656]
+    if _misplaced(rows):
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    tokens = rows.shape[0] * rows.shape[1]
+    values = torch.empty(tokens, HEAD_DIM, dtype=torch.float32, device=cache.device)
+    codes, scales, rope = _views(rows)
+    if tokens:
+        with on_device(cache.device):
+            unpack_kernel[(tokens,)](
+                codes, scales.view(torch.float32), rope, values, rows.stride(0), rows.stride(1),
+                rows.shape[1], num_warps=1,
+            )  # fmt: skip
+    return values.view(*lead, HEAD_DIM)
+
+
+def supports_append(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> str:
+    """Empty if these kernels take the arguments, else why not."""
+    return "cache's tokens do not lie at multiples of 4 bytes" if _misplaced(cache) else ""
+
+
+def _misplaced(cache: torch.Tensor) -> bool:
+    """Whether the cache's bytes cannot be seen as float32."""
+    return any(number % 4 for number in (cache.storage_offset(), *cache.stride()[:-1]))
+
+
+def _views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The bytes as uint8, int32 and int16."""
+    return cache.view(torch.uint8), cache.view(torch.int32), cache.view(torch.int16)
