@@ -167,6 +167,29 @@ def append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
     _append(cache, slots, x)
 
 
+def check_scales(name: str, cache: Tensor, slots: Tensor) -> None:
+    """The scales of some tokens of a cache [blocks, page, 1, 656] are positive and finite.
+
+    Reads the cache on the device, so only where checks of values are wanted.
+
+    Args:
+        name: the cache's, for the message.
+        slots: int64 of any shape, block * page + offset; all within the cache.
+    """
+    page = max(1, cache.shape[1])
+    slots = slots.unique()
+    rows = cache.view(torch.uint8)[slots // page, slots % page, 0, SCALES_OFFSET:ROPE_OFFSET]
+    scales = rows.contiguous().view(torch.float32)
+    wrong = (~((scales > 0) & scales.isfinite())).nonzero()
+    if len(wrong):
+        token, tile = wrong[0].tolist()
+        block, offset = divmod(int(slots[token]), page)
+        raise ValueError(
+            f"{name}[{block}, {offset}, 0] has the scale {scales[token, tile].item()} in tile "
+            f"{tile}, but a scale must be positive and finite ({len(wrong)} such scales)"
+        )
+
+
 def _check_last(name: str, x: object, size: int, dtypes: tuple[torch.dtype, ...]) -> None:
     """Like check_tensor, for any leading dimensions."""
     if not isinstance(x, Tensor):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from cases import to_numpy
 
+import flashmla
 from flashmla import fp8
 from flashmla.lab.check import compare
 from flashmla.reference import fp8 as reference
+
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (5,), (2, 3, 1)], ids=str)
@@ -58,10 +63,14 @@ def test_append_into_a_slice_of_a_larger_cache(dtype, slot_dtype):
 
 
 def test_a_tile_with_nan_or_infinity_is_nan_and_its_neighbours_are_not():
-    x = torch.zeros(1, 576)
-    x[0, 0], x[0, 200] = float("nan"), float("inf")
-    values = fp8.unpack(fp8.pack(x))[0]
-    assert values[:256].isnan().all() and not values[256:].isnan().any()
+    x = torch.randn(1, 576)
+    x[0, 0], x[0, 200], x[0, 520], x[0, 530] = -NAN, -INF, -NAN, -INF
+    packed = fp8.pack(x)
+    values = fp8.unpack(packed)[0]
+    assert values[:256].isnan().all() and not values[256:520].isnan().any()
+    assert (packed[0, :256] == 0x7F).all()
+    assert packed.view(torch.int32)[0, 128:130].tolist() == [0x7FC00000] * 2
+    assert packed.view(torch.int16)[0, 264 + 8].item() == 0x7FC0 and values[530] == -INF
 
 
 def test_packing_again_what_was_unpacked_changes_nothing():
@@ -69,6 +78,7 @@ def test_packing_again_what_was_unpacked_changes_nothing():
     assert torch.equal(fp8.pack(fp8.unpack(packed)), packed)
 
 
+PLAIN = torch.zeros(2, 4, 1, 576)
 CACHE = torch.zeros(2, 4, 1, 656, dtype=torch.uint8)
 SLOTS, X = torch.tensor([0, 1]), torch.zeros(2, 576)
 BAD = [
@@ -94,6 +104,36 @@ BAD = [
         r"x must have shape \[n, 576] = \[1, 576], got",
     ),
     (fp8.append, (CACHE, SLOTS, X.to("meta")), ValueError, "x must be on cpu"),
+    (
+        flashmla.paged_append,
+        (PLAIN, SLOTS, X),
+        ValueError,
+        r"x must have 3 dimensions \[n, h_kv, d], got 2",
+    ),
+    (
+        flashmla.paged_append,
+        (PLAIN, SLOTS, X.unsqueeze(1).half()),
+        TypeError,
+        "x must be of dtype float32, got float16",
+    ),
+    (
+        flashmla.paged_append,
+        (PLAIN, SLOTS, torch.zeros(2, 2, 288)),
+        ValueError,
+        r"x must have shape \[n, h_kv, d] = \[2, 1, 576], got \[2, 2, 288]",
+    ),
+    (
+        flashmla.paged_append,
+        (torch.zeros(4, 2, 1, 576).transpose(0, 1), SLOTS, X.unsqueeze(1)),
+        ValueError,
+        "must be contiguous within a page",
+    ),
+    (
+        flashmla.paged_append,
+        (PLAIN.double(), SLOTS, X.unsqueeze(1)),
+        TypeError,
+        "cache must be of dtype bfloat16 or float16 or float32, got float64",
+    ),
 ]
 
 
@@ -104,10 +144,34 @@ def test_bad_input(function, arguments, error, message):
 
 
 def test_slots_are_checked_when_asked_for(monkeypatch):
-    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    plain, rows = torch.zeros(2, 4, 1, 576), X.unsqueeze(1)
+    bad = [
+        ([8, 0], r"slots\[0] is 8, but a slot \(negative .*\) must be from -1 to 7"),
+        ([3, 3], r"slots\[1] is 3, as slots\[0] is: slots must differ"),
+    ]
+    for slots, message in bad:
+        for value in ("0", "1"):
+            monkeypatch.setenv("FLASHMLA_CHECK", value)
+            for append, cache, x in ((fp8.append, CACHE, X), (flashmla.paged_append, plain, rows)):
+                with pytest.raises(ValueError, match=message) if value == "1" else nullcontext():
+                    append(cache.clone(), torch.tensor(slots), x)
     fp8.append(CACHE.clone(), torch.tensor([7, -9]), X)
-    with pytest.raises(ValueError, match=r"slots\[0] is 8, but a slot .* must be from -1 to 7"):
-        fp8.append(CACHE.clone(), torch.tensor([8, 0]), X)
+    many = torch.tensor([5, -2, 0, -2, 7, 0, 5])
+    with pytest.raises(ValueError, match=r"slots\[5] is 0, as slots\[2] is"):
+        fp8.append(CACHE.clone(), many, torch.zeros(7, 576))
+
+
+def test_values_to_pack_are_checked_when_asked_for(monkeypatch):
+    x = torch.zeros(3, 576)
+    x[1, 570], x[2, 5] = float("inf"), float("nan")
+    fp8.pack(x)
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    message = r"x\[1, 570] is inf, but what is quantised must be finite \(2 such values\)"
+    with pytest.raises(ValueError, match=message):
+        fp8.pack(x)
+    with pytest.raises(ValueError, match=message):
+        fp8.append(CACHE.clone(), torch.tensor([0, 1, 2]), x)
+    fp8.pack(x[:1])
 
 
 def test_error_of_the_format_on_attention_like_values():

@@ -104,6 +104,7 @@ def test_indexer_and_topk_and_fp8_and_merge():
         cache = torch.zeros(2, 64, 1, 656, dtype=torch.uint8)
         fp8.append(cache, chosen[0], x)
         values = fp8.unpack(cache)
+        flashmla.paged_append(values, chosen[1], x.unsqueeze(1))
         merged = flashmla.merge_state(x, x[:, 0], 2 * x, x[:, 1])
         return logits, chosen, values, fp8.pack(x), *merged
 
@@ -170,6 +171,9 @@ def operator_calls():
         "fp8_pack": (x, True),
         "fp8_unpack": (cache,),
         "fp8_append": (cache, torch.tensor([0, 5, -1]), x),
+        "paged_kv_append": (
+            torch.zeros(2, 4, 1, 576), torch.tensor([0, 5, -1]), x.unsqueeze(1)
+        ),
     }  # fmt: skip
 
 

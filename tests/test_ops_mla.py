@@ -11,7 +11,7 @@ import torch
 from cases import DECODE_CASES, SPARSE_DECODE_CASES, DecodeCase
 
 import flashmla
-from flashmla import schedule
+from flashmla import fp8, schedule
 from flashmla.lab.check import assert_identical, assert_lse_close, assert_out_close
 from flashmla.ops import split_kv
 
@@ -422,10 +422,38 @@ def test_sparse_values_are_checked_when_asked_for(monkeypatch):
     ):
         call(sparse_arguments())
     valid = torch.arange(400).view(2, 2, 100).int().clamp(max=383)
-    call(sparse_arguments(indices=valid))
+    page = SPARSE_DECODE_CASES[0].build().k_cache.shape[1]
+    k_cache = fp8.pack(torch.randn(384 // page, page, 1, 576))
+    call(sparse_arguments(k_cache=k_cache, indices=valid))
     with pytest.raises(
         ValueError, match=r"topk_length\[0] is 101, but a number of indices .* 0 to 100"
     ):
         call(sparse_arguments(indices=valid, topk_length=torch.tensor([101, 0]).int()))
     valid[1] = 99999
-    call(sparse_arguments(indices=valid, topk_length=torch.tensor([100, 0]).int()))
+    call(
+        sparse_arguments(
+            k_cache=k_cache, indices=valid, topk_length=torch.tensor([100, 0]).int()
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scale", "shown"),
+    [(-0.5, "-0.5"), (0.0, "0.0"), (float("nan"), "nan"), (float("inf"), "inf")],
+)
+def test_scales_that_are_read_are_checked_when_asked_for(scale, shown, monkeypatch):
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    k_cache = fp8.pack(torch.randn(6, 64, 1, 576))
+    k_cache[2, 7, 0, 520:524] = torch.tensor([scale]).view(torch.uint8)
+    k_cache[3, 1, 0, 512:516] = torch.tensor([scale]).view(torch.uint8)
+    indices = torch.tensor([[[0, 5, -1, 134], [9, 135, 193, 7]], [[383, 1, 2, 3]] * 2]).int()
+    with pytest.raises(
+        ValueError,
+        match=rf"k_cache\[2, 7, 0] has the scale {shown} in tile 2, but a scale must be positive "
+        r"and finite \(2 such scales\)",
+    ):
+        call(sparse_arguments(k_cache=k_cache, indices=indices))
+    call(sparse_arguments(k_cache=k_cache, indices=indices.masked_fill(indices > 134, -1)))
+    call(sparse_arguments(k_cache=k_cache, indices=indices, topk_length=torch.ones(2, 2).int()))
+    monkeypatch.setenv("FLASHMLA_CHECK", "0")
+    call(sparse_arguments(k_cache=k_cache, indices=indices))

@@ -14,6 +14,7 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 DECODE = {"PAGE": 64, "TILE": 64, "D_V": 512, "D_ROPE": 64, "CAUSAL": True, "UPCAST": False}
 PREFILL = {"D_MAIN": 128, "D_REST": 64, "D_V": 128, "CAUSAL": True, "UPCAST": False}
+PACK = {"POWER_OF_TWO": False}
 PLAN = {"OVERHEAD": schedule.OVERHEAD}
 PLAN_PARTS = PLAN | {"SLACK": schedule.SLACK, "SEARCH_STEPS": 8, "BLOCK": 128}
 
@@ -27,6 +28,10 @@ KERNELS = [
     Kernel("plan_splits", "split_kv", "plan_splits_kernel", PLAN | {"BLOCK": 1024}),
     Kernel("combine", "split_kv", "combine_kernel", {"D": 512}),
     Kernel("merge_state", "split_kv", "merge_state_kernel", {"D": 512, "ROWS": 4}),
+    Kernel("fp8_pack", "fp8", "pack_kernel", PACK | {"HAS_SLOTS": False}),
+    Kernel("fp8_append", "fp8", "pack_kernel", PACK | {"HAS_SLOTS": True}),
+    Kernel("fp8_unpack", "fp8", "unpack_kernel"),
+    Kernel("paged_append", "paged_kv", "append_kernel", {"BLOCK": 1024}),
 ]
 FP16 = [
     Kernel("decode_fp16", "mla", "dense_decode_kernel", DECODE, rows=64, dtype="fp16"),
@@ -50,7 +55,7 @@ def test_kernel_compiles_and_fits_in_fp16(kernel):
 
 
 @pytest.mark.parametrize("target", [80, 89])
-@pytest.mark.parametrize("kernel", KERNELS[:3], ids=_name)
+@pytest.mark.parametrize("kernel", [*KERNELS[:3], *KERNELS[-4:]], ids=_name)
 def test_kernel_fits_on_cards_with_less_shared_memory(kernel, target):
     assert compiled(compile_kernel, kernel, target).shared <= SHARED_MEMORY[target]
 
@@ -63,7 +68,7 @@ def test_hopper_uses_the_warpgroups_matrix_instruction():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["common", "mha", "mla", "split_kv"])
+@pytest.mark.parametrize("stage", ["common", "fp8", "mha", "mla", "paged_kv", "split_kv"])
 def test_every_region_can_be_shown(stage):
     path = f"flashmla/triton/{stage}.py"
     names = source.regions(path)

@@ -9,13 +9,15 @@ from typing import Any
 # are int32, apart from scale_log2, or compile-time constants.
 FLOAT = "float"
 POINTERS = {
-    FLOAT: ("q", "k", "v", "k_cache", "out", "out_a", "out_b"),
-    "fp32": ("lse", "out_partial", "lse_partial", "lse_a", "lse_b"),
+    FLOAT: ("q", "k", "v", "k_cache", "out", "out_a", "out_b", "x"),
+    "fp32": ("lse", "out_partial", "lse_partial", "lse_a", "lse_b", "values"),
     "i32": (
         "cu_seqlens_qo", "cu_seqlens_kv", "block_table", "cache_seqlens",
-        "tile_scheduler_metadata", "num_splits", "stays_whole",
+        "tile_scheduler_metadata", "num_splits", "stays_whole", "slots", "scales",
     ),
     "i64": ("starts",),
+    "u8": ("codes",),
+    "i16": ("rope", "cache_bits", "x_bits"),
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from flashmla.checks import (
     float_dtypes,
     values_wanted,
 )
-from flashmla.fp8 import BYTES_PER_TOKEN, CACHE_DTYPES, HEAD_DIM
+from flashmla.fp8 import BYTES_PER_TOKEN, CACHE_DTYPES, HEAD_DIM, check_scales
 from flashmla.ops.library import define
 
 __all__ = [
@@ -151,13 +151,10 @@ def sparse_decode(
             )
     if values_wanted():
         last = k_cache.shape[0] * k_cache.shape[1] - 1
-        counted = indices
-        if topk_length is not None:
-            check_range("topk_length", topk_length, 0, indices.shape[2], "a number of indices")
-            rank = torch.arange(indices.shape[2], device=q.device)
-            behind = rank >= topk_length.view(b, -1, 1)
-            counted = indices.masked_fill(behind.expand_as(indices), -1)
+        counted = _counted(indices, topk_length)
         check_range("indices", counted, -1, last, "block * page + offset, or -1 to skip,")
+        if is_fp8_kvcache:
+            check_scales("k_cache", k_cache, counted[counted >= 0].long())
     arguments = (q, k_cache, indices, head_dim_v, softmax_scale, is_fp8_kvcache)
     if b == 0:
         return _fake_sparse_decode(*arguments, attn_sink, topk_length)
@@ -197,7 +194,7 @@ def flash_mla_sparse_fwd(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a wrong rank, shape, device, stride or head size; with ``FLASHMLA_CHECK=1``
-            also a topk_length out of range.
+            also a topk_length out of range, and an index other than -1 that is.
 
     Source: ``flashmla/torch/dsa.py``.
     """
@@ -217,9 +214,21 @@ def flash_mla_sparse_fwd(
     if topk_length is not None:
         check_tensor("topk_length", topk_length, "[s_q]", (torch.int32,), q.device)
         check_shape("topk_length", topk_length, (s_q,), "[s_q]")
-        if values_wanted():
-            check_range("topk_length", topk_length, 0, indices.shape[2], "a number of indices")
+    if values_wanted():
+        counted = _counted(indices, topk_length)
+        check_range("indices", counted, -1, kv.shape[0] - 1, "a row of kv, or -1 to skip,")
     return _sparse_prefill(q, kv, indices, scale, d_v, attn_sink, topk_length)
+
+
+def _counted(indices: Tensor, topk_length: Tensor | None) -> Tensor:
+    """indices [b, s_q, topk] or [s_q, 1, topk] with -1 behind topk_length, which is checked."""
+    if topk_length is None:
+        return indices
+    topk = indices.shape[2]
+    check_range("topk_length", topk_length, 0, topk, "a number of indices")
+    rank = torch.arange(topk, device=indices.device)
+    behind = rank >= topk_length.view(indices.shape[0], -1, 1)
+    return indices.masked_fill(behind.expand_as(indices), -1)
 
 
 def _check_sink(attn_sink: Tensor | None, h_q: int, device: torch.device) -> None:

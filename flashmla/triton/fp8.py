@@ -132,7 +132,7 @@ def e4m3_values(codes):
 @triton.jit(do_not_specialize=["inner"])
 def unpack_kernel(
     codes,  # [outer, inner, 656] uint8: the cache
-    scales,  # [outer, inner, 164] float32: the same bytes
+    scales,  # [outer, inner, 164] int32: the same bytes
     rope,  # [outer, inner, 328] int16: the same bytes
     values,  # [outer * inner, 576] float32
     stride_outer,  # bytes
@@ -144,7 +144,7 @@ def unpack_kernel(
     row = token // inner * stride_outer + token % inner * stride_inner  # bytes
     tile = tl.arange(0, TILES)  # [T]
     place = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [T, 128]
-    scale = tl.load(scales + (row + SCALES_AT) // 4 + tile)  # [T]
+    scale = tl.load(scales + (row + SCALES_AT) // 4 + tile).to(tl.float32, bitcast=True)  # [T]
     nope = e4m3_values(tl.load(codes + row + place).to(tl.int32)) * scale[:, None]
     tl.store(values + token * (NOPE + ROPE) + place, nope)
     column = tl.arange(0, ROPE)  # [64]
@@ -192,12 +192,10 @@ def unpack(cache: torch.Tensor) -> torch.Tensor:
         rows = rows.clone(memory_format=torch.contiguous_format)
     tokens = rows.shape[0] * rows.shape[1]
     values = torch.empty(tokens, HEAD_DIM, dtype=torch.float32, device=cache.device)
-    codes, scales, rope = _views(rows)
     if tokens:
         with on_device(cache.device):
             unpack_kernel[(tokens,)](
-                codes, scales.view(torch.float32), rope, values, rows.stride(0), rows.stride(1),
-                rows.shape[1], num_warps=1,
+                *_views(rows), values, rows.stride(0), rows.stride(1), rows.shape[1], num_warps=1,
             )  # fmt: skip
     return values.view(*lead, HEAD_DIM)
 
