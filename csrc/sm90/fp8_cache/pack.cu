@@ -14,10 +14,7 @@
 namespace flashmla::sm90 {
 namespace {
 
-#ifndef FLASHMLA_PACK_WARPS
-#define FLASHMLA_PACK_WARPS 4
-#endif
-constexpr int kWarps = FLASHMLA_PACK_WARPS;
+constexpr int kWarps = 4;
 constexpr int kNope = 512;
 constexpr int kHalf = kNope / 2;  // what a warp's lanes hold with eight values each
 constexpr int kRopeLanes = 64 / kValuesPerLane;
