@@ -117,7 +117,8 @@ def flash_mla_with_kvcache(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a wrong rank, shape, device, stride or head size, h_q not a multiple of h_kv,
             or a plan of another batch size. With ``FLASHMLA_CHECK=1`` also lengths, block numbers
-            and indices out of range, and a plan made for other lengths.
+            and indices out of range, scales that are read and not positive and finite, and a plan
+            made for other lengths.
         NotImplementedError: ``extra_k_cache`` or a companion is given.
 
     Example:
