@@ -23,6 +23,7 @@ OPERATIONS = (
     "mla.dense_decode",
     "split_kv.get_metadata",
     "split_kv.merge_state",
+    "paged_kv.append",
     "fp8.pack",
     "fp8.unpack",
     "fp8.append",
