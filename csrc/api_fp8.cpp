@@ -1,5 +1,7 @@
 // What Python calls to write and read token caches. Arguments were checked in flashmla/fp8.py and
 // flashmla/ops; what is checked again here guards memory.
+#include <initializer_list>
+
 #include "common/ffi.h"
 #include "sm90/fp8_cache/launch.h"
 
@@ -8,6 +10,9 @@ namespace {
 
 constexpr int64_t kHeadDim = 576;
 constexpr int64_t kTokenBytes = 656;
+constexpr int64_t kIndexDim = 128;
+constexpr int64_t kIndexPage = 64;
+constexpr int64_t kIndexTokenBytes = kIndexDim + 4;
 
 bool aligned(const void* address, std::initializer_list<int64_t> byte_strides) {
   bool fine = reinterpret_cast<uintptr_t>(address) % 16 == 0;
@@ -34,9 +39,11 @@ sm90::Slots slots_of(const TensorView& slots, const TensorView& cache) {
           static_cast<uint32_t>(cache.size(1))};
 }
 
-sm90::PackArgs pack_args(const TensorView& x) {
-  sm90::PackArgs a{};
-  require(x.ndim() == 2 && x.size(1) == kHeadDim && x.stride(1) == 1, "x must be [tokens, 576]");
+// x [tokens, width]
+template <class Args>
+Args args_from(const TensorView& x, int64_t width) {
+  Args a{};
+  require(x.ndim() == 2 && x.size(1) == width && x.stride(1) == 1, "x must be [tokens, width]");
   a.x = data<void>(x);
   a.x_stride = x.stride(0);
   a.element = element_of(x);
@@ -48,7 +55,7 @@ sm90::PackArgs pack_args(const TensorView& x) {
 
 // x [tokens, 576]; packed [tokens, 656] bytes
 void fp8_pack(TensorView x, TensorView packed, bool power_of_two) {
-  sm90::PackArgs a = pack_args(x);
+  auto a = args_from<sm90::PackArgs>(x, kHeadDim);
   require(packed.size(0) == a.tokens && packed.size(1) == kTokenBytes && packed.IsContiguous() &&
               element_bytes(packed) == 1,
           "packed must be [tokens, 656] bytes");
@@ -65,7 +72,7 @@ void fp8_pack(TensorView x, TensorView packed, bool power_of_two) {
 
 // cache [blocks, page, 1, 656] bytes; slots [tokens] int32 or int64; x [tokens, 576]
 void fp8_append(TensorView cache, TensorView slots, TensorView x) {
-  sm90::PackArgs a = pack_args(x);
+  auto a = args_from<sm90::PackArgs>(x, kHeadDim);
   require(cache.ndim() == 4 && cache.size(2) == 1 && cache.size(3) == kTokenBytes &&
               cache.stride(3) == 1 && element_bytes(cache) == 1,
           "cache must be [blocks, page, 1, 656] bytes");
@@ -108,6 +115,45 @@ void fp8_unpack(TensorView cache, TensorView out) {
   sm90::launch_fp8_unpack(a, guard.stream());
 }
 
+// x [tokens, 128]; codes [tokens, 128] bytes; scales [tokens] float32
+void index_pack(TensorView x, TensorView codes, TensorView scales, bool power_of_two) {
+  auto a = args_from<sm90::IndexPackArgs>(x, kIndexDim);
+  require(codes.size(0) == a.tokens && codes.size(1) == kIndexDim && codes.IsContiguous() &&
+              element_bytes(codes) == 1,
+          "codes must be [tokens, 128] bytes");
+  require(scales.size(0) == a.tokens && scales.IsContiguous() && scales.dtype().bits == 32,
+          "scales must be [tokens] float32");
+  require(a.tokens <= UINT32_MAX, "at most 2^32 - 1 tokens at a time");
+  if (a.tokens == 0) return;
+  a.power_of_two = power_of_two;
+  a.codes = data<uint8_t>(codes);
+  a.scales = data<float>(scales);
+  a.slots = {nullptr, false, a.tokens, static_cast<uint32_t>(a.tokens)};
+  require(aligned(a.codes, {}) && aligned(a.scales, {}), "results must lie at 16 bytes");
+  const DeviceGuard guard(x.device());
+  sm90::launch_index_pack(a, guard.stream());
+}
+
+// cache [blocks, 64, 1, 132] bytes; slots [tokens] int32 or int64; x [tokens, 128]
+void index_append(TensorView cache, TensorView slots, TensorView x) {
+  auto a = args_from<sm90::IndexPackArgs>(x, kIndexDim);
+  require(cache.ndim() == 4 && cache.size(1) == kIndexPage && cache.size(2) == 1 &&
+              cache.size(3) == kIndexTokenBytes && cache.stride(3) == 1 &&
+              cache.stride(1) == kIndexTokenBytes && element_bytes(cache) == 1,
+          "cache must be [blocks, 64, 1, 132] bytes, packed within a page");
+  require(slots.size(0) == a.tokens, "a slot for each token");
+  a.slots = slots_of(slots, cache);
+  if (a.tokens == 0 || a.slots.capacity == 0) return;
+  a.power_of_two = true;
+  a.codes = data<uint8_t>(cache);
+  a.scales = reinterpret_cast<float*>(a.codes + kIndexPage * kIndexDim);
+  a.stride_block = cache.stride(0);
+  require(aligned(a.codes, {cache.size(0) > 1 ? a.stride_block : 0}),
+          "the cache's pages must lie at multiples of 16 bytes");
+  const DeviceGuard guard(x.device());
+  sm90::launch_index_pack(a, guard.stream());
+}
+
 // cache [blocks, page, h_kv, d]; slots [tokens] int32 or int64; x [tokens, h_kv, d], heads packed
 void paged_append(TensorView cache, TensorView slots, TensorView x) {
   require(cache.ndim() == 4 && x.ndim() == 3 && x.size(1) == cache.size(2) &&
@@ -144,6 +190,8 @@ void paged_append(TensorView cache, TensorView slots, TensorView x) {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fp8_pack, fp8_pack);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fp8_append, fp8_append);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fp8_unpack, fp8_unpack);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(index_pack, index_pack);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(index_append, index_append);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_append, paged_append);
 
 }  // namespace flashmla

@@ -1,4 +1,4 @@
-"""The FP8 cache format: 656 bytes a token.
+"""The FP8 cache formats: 656 bytes a token for attention, 132 for the indexer of sparse attention.
 
 =========  ====================================================================
 bytes      what
@@ -15,6 +15,17 @@ code is the float32 quotient x / scale, clamped to +-448 and rounded to the near
 A tile that holds NaN or an infinity becomes NaN as a whole: its scale is the NaN 0x7fc00000 and
 each of its codes the NaN 0x7f. In the RoPE part a NaN becomes the bfloat16 0x7fc0 and an infinity
 stays one; what is beyond bfloat16's range becomes an infinity. ``FLASHMLA_CHECK=1`` refuses both.
+
+The indexer's keys are 128 values a token, one tile: quantised the same way, 64 tokens to a page,
+first the codes of all 64 and then their scales:
+
+==========  ===================================================================
+bytes       what
+==========  ===================================================================
+0-8191      64 * 128 float8_e4m3 codes
+8192-8447   64 float32 scales
+==========  ===================================================================
+
 """
 
 from __future__ import annotations
@@ -27,6 +38,7 @@ from flashmla.checks import (
     check_dtype,
     check_finite,
     check_last_dim_contiguous,
+    check_page_strides,
     check_shape,
     check_slots,
     check_tensor,
@@ -39,6 +51,9 @@ __all__ = [
     "CACHE_DTYPES",
     "E4M3_MAX",
     "HEAD_DIM",
+    "INDEX_BYTES_PER_TOKEN",
+    "INDEX_DIM",
+    "INDEX_PAGE",
     "NOPE_DIM",
     "ROPE_DIM",
     "ROPE_OFFSET",
@@ -46,7 +61,10 @@ __all__ = [
     "SMALLEST_MAXIMUM",
     "TILE_DIM",
     "append",
+    "index_append",
+    "index_pack",
     "pack",
+    "rotate",
     "unpack",
 ]
 
@@ -61,6 +79,15 @@ E4M3_MAX = 448.0
 SMALLEST_MAXIMUM = 1e-4
 CACHE_DTYPES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
 """What a cache may be declared as; the bytes are the same."""
+
+INDEX_DIM = TILE_DIM
+"""Dimensions of the indexer's queries and keys."""
+
+INDEX_PAGE = 64
+"""Tokens in a page of the indexer's cache."""
+
+INDEX_BYTES_PER_TOKEN = INDEX_DIM + 4
+"""128 float8_e4m3 codes and a float32 scale; a page holds all its codes first."""
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _FINITE = "what is quantised must be finite"
@@ -81,6 +108,19 @@ def _fake_append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
 _pack = define("fp8.pack", "(Tensor x, bool power_of_two) -> Tensor", _fake_pack)
 _unpack = define("fp8.unpack", "(Tensor cache) -> Tensor", _fake_unpack)
 _append = define("fp8.append", "(Tensor(a!) cache, Tensor slots, Tensor x) -> ()", _fake_append)
+
+
+def _fake_index_pack(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
+    return codes, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+_index_pack = define(
+    "fp8.index_pack", "(Tensor x, bool power_of_two) -> (Tensor, Tensor)", _fake_index_pack
+)
+_index_append = define(
+    "fp8.index_append", "(Tensor(a!) cache, Tensor slots, Tensor x) -> ()", _fake_append
+)
 
 
 def pack(x: Tensor, power_of_two: bool = True) -> Tensor:
@@ -158,13 +198,144 @@ def append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
     dims = "[blocks, page, 1, 656]"
     check_tensor("cache", cache, dims, CACHE_DTYPES)
     check_shape("cache", cache, (None, None, 1, BYTES_PER_TOKEN), dims)
-    check_tensor("slots", slots, "[n]", (torch.int32, torch.int64), cache.device)
-    check_tensor("x", x, "[n, 576]", _FLOATS, cache.device)
-    check_shape("x", x, (slots.shape[0], HEAD_DIM), "[n, 576]")
-    if values_wanted():
-        check_slots("slots", slots, cache.shape[0] * cache.shape[1])
-        check_finite("x", x, _FINITE)
+    _check_tokens(slots, x, cache, HEAD_DIM)
     _append(cache, slots, x)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """The Hadamard rotation of the indexer's queries and keys, by a matrix product.
+
+    It is orthogonal, so that rotating both leaves their dot products alone. A dimension in which
+    both are large, whose one product would carry its rounding error whole, is spread over all
+    dimensions, where errors average out. Outliers in different dimensions gain nothing by it.
+
+    Args:
+        x: [..., d], bfloat16, float16 or float32, d a power of two.
+
+    Returns:
+        x @ H / sqrt(d) in x's dtype, rounded once, with H[i, j] = -1 where i and j have an odd
+        number of set bits in common, else 1. Rotating twice gives x again, but for rounding.
+
+    Raises:
+        TypeError: x is no tensor of one of these dtypes.
+        ValueError: a last dimension that is no power of two.
+
+    Example:
+        >>> flashmla.fp8.rotate(torch.tensor([3.0, 0.0, 0.0, 0.0]))
+        tensor([1.5000, 1.5000, 1.5000, 1.5000])
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor [..., d], got {type(x).__name__}")
+    check_dtype("x", x, _FLOATS)
+    d = x.shape[-1] if x.dim() else 0
+    if d < 1 or d & (d - 1):
+        raise ValueError(f"x must have a power of two as its last dimension, got {list(x.shape)}")
+    return (x.float() @ _hadamard(d, x.device)).to(x.dtype)
+
+
+def _hadamard(d: int, device: torch.device) -> Tensor:
+    """float32 [d, d], symmetric and orthogonal, d a power of two; made once for a device."""
+    if torch.compiler.is_compiling():
+        return _make_hadamard(d, device)
+    key = (d, device)
+    matrix = _rotations.get(key)
+    if matrix is None:
+        with torch.inference_mode(False):
+            matrix = _make_hadamard(d, device)
+        # What is made while a CUDA graph is being captured is that graph's, and dies with it.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _rotations[key] = matrix
+    return matrix
+
+
+_rotations: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _make_hadamard(d: int, device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < d:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix * d**-0.5
+
+
+def index_pack(x: Tensor, power_of_two: bool = True) -> tuple[Tensor, Tensor]:
+    """Quantise the indexer's queries or keys: what :func:`flashmla.indexer_logits` takes.
+
+    Args:
+        x: [..., 128], bfloat16, float16 or float32; rotated by :func:`rotate`, if the model's are.
+        power_of_two: round scales up to powers of two.
+
+    Returns:
+        (codes, scales): float8_e4m3fn [..., 128] and float32 [...]; a value is code * scale.
+
+    Raises:
+        TypeError: x is no tensor of one of these dtypes, or power_of_two no bool.
+        ValueError: a last dimension other than 128, or not contiguous; with ``FLASHMLA_CHECK=1``
+            also NaN or an infinity in x.
+
+    Example:
+        >>> codes, scales = flashmla.fp8.index_pack(torch.full((3, 128), 0.3))
+        >>> (codes.float() * scales.unsqueeze(-1))[0, 0].item()
+        0.3125
+
+    Source: ``flashmla/torch/fp8.py``, ``flashmla/triton/fp8.py``,
+    ``csrc/sm90/fp8_cache/index_pack.cu``.
+    """
+    _check_last("x", x, INDEX_DIM, _FLOATS)
+    check_bool("power_of_two", power_of_two)
+    if values_wanted():
+        check_finite("x", x, _FINITE)
+    codes, scales = _index_pack(x.reshape(-1, INDEX_DIM), power_of_two)
+    return codes.view(x.shape), scales.view(x.shape[:-1])
+
+
+def index_append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
+    """Quantise keys (with power-of-two scales) and write them into the indexer's cache, in place.
+
+    Args:
+        cache: [blocks, 64, 1, 132] of uint8, int8 or float8_e4m3fn; the stride between pages is
+            free.
+        slots: int32 or int64 [n]: block * 64 + offset of each token. A negative slot drops its
+            token, and so does one beyond the cache. Slots must differ from one another: one given
+            twice holds a mixture of its tokens afterwards.
+        x: [n, 128], bfloat16, float16 or float32; rotated by :func:`rotate`, if the model's are.
+
+    Raises:
+        TypeError: not a tensor, or of the wrong dtype.
+        ValueError: shapes, devices or strides that do not fit; with ``FLASHMLA_CHECK=1`` also a
+            slot beyond the cache or given twice, and NaN or an infinity in x.
+
+    Source: ``flashmla/torch/fp8.py``, ``flashmla/triton/fp8.py``,
+    ``csrc/sm90/fp8_cache/index_pack.cu``.
+    """
+    dims = "[blocks, 64, 1, 132]"
+    check_tensor("cache", cache, dims, CACHE_DTYPES)
+    check_shape("cache", cache, (None, INDEX_PAGE, 1, INDEX_BYTES_PER_TOKEN), dims)
+    check_page_strides("cache", cache, dims)
+    _check_tokens(slots, x, cache, INDEX_DIM)
+    _index_append(cache, slots, x)
+
+
+def check_index_scales(name: str, cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+    """As :func:`check_scales`, for the tokens of requests in the indexer's cache.
+
+    Args:
+        block_table: int32 [b, max_blocks], within the cache up to each length.
+        lengths: int32 [b].
+    """
+    position = torch.arange(block_table.shape[1] * INDEX_PAGE, device=cache.device)
+    request, at = (position < lengths.unsqueeze(1)).nonzero().unbind(1)
+    slots = (block_table[request, at // INDEX_PAGE] * INDEX_PAGE + at % INDEX_PAGE).unique()
+    pages = cache.view(torch.uint8).flatten(1)[:, INDEX_PAGE * INDEX_DIM :]
+    scales = pages.contiguous().view(torch.float32).flatten()[slots]
+    wrong = (~((scales > 0) & scales.isfinite())).nonzero()
+    if len(wrong):
+        token = int(wrong[0])
+        block, offset = divmod(int(slots[token]), INDEX_PAGE)
+        raise ValueError(
+            f"{name} has the scale {scales[token].item()} for token {offset} of block {block}, but "
+            f"a scale must be positive and finite ({len(wrong)} such scales)"
+        )
 
 
 def check_scales(name: str, cache: Tensor, slots: Tensor) -> None:
@@ -188,6 +359,17 @@ def check_scales(name: str, cache: Tensor, slots: Tensor) -> None:
             f"{name}[{block}, {offset}, 0] has the scale {scales[token, tile].item()} in tile "
             f"{tile}, but a scale must be positive and finite ({len(wrong)} such scales)"
         )
+
+
+def _check_tokens(slots: object, x: object, cache: Tensor, width: int) -> None:
+    """What is appended to a cache [blocks, page, ...], and where it goes."""
+    slots = check_tensor("slots", slots, "[n]", (torch.int32, torch.int64), cache.device)
+    dims = f"[n, {width}]"
+    x = check_tensor("x", x, dims, _FLOATS, cache.device)
+    check_shape("x", x, (slots.shape[0], width), dims)
+    if values_wanted():
+        check_slots("slots", slots, cache.shape[0] * cache.shape[1])
+        check_finite("x", x, _FINITE)
 
 
 def _check_last(name: str, x: object, size: int, dtypes: tuple[torch.dtype, ...]) -> None:

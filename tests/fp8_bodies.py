@@ -11,6 +11,7 @@ import torch
 
 import flashmla
 from flashmla import backend, fp8
+from flashmla.fp8 import INDEX_PAGE
 from flashmla.reference import fp8 as reference
 
 NAN, INF = float("nan"), float("inf")
@@ -178,3 +179,49 @@ def check_paged_append(
             if slot >= 0:
                 want[slot // page, 0, slot % page] = token
         assert torch.equal(on_device.cpu(), want)
+
+
+def check_index_pack(
+    tier: str, dtype: torch.dtype, power_of_two: bool, device: str = "cpu", denormals: bool = True
+) -> None:
+    """Codes and scales of the indexer's keys equal to the oracle's, for an odd number of them."""
+    x = adversarial_rows(dtype)[:, :512].reshape(-1, 128)[1:]
+    if not denormals:
+        x = torch.where(x.abs() < 2.0**-126, 0.0, x)
+    wide = torch.full((len(x), 136), 3.0, dtype=dtype)
+    wide[:, 8:] = x
+    with backend.use_backend(tier):
+        packed = fp8.index_pack(x.to(device), power_of_two)
+        strided = fp8.index_pack(wide.to(device)[:, 8:], power_of_two)
+        none = fp8.index_pack(x.to(device)[:0])
+    want = reference.index_pack(widened(x), power_of_two)
+    for codes, scales in (packed, strided):
+        assert codes.dtype == torch.float8_e4m3fn and scales.dtype == torch.float32
+        for got, wanted in ((codes, want[0]), (scales, want[1])):
+            np.testing.assert_array_equal(got.view(torch.uint8).cpu().numpy(), bytes_of(wanted))
+    assert none[0].shape == (0, 128) and none[1].shape == (0,)
+
+
+def bytes_of(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(np.uint8)
+
+
+def check_index_append(
+    tier: str,
+    dtype: torch.dtype,
+    n: int,
+    slot_dtype: torch.dtype = torch.int32,
+    device: str = "cpu",
+) -> None:
+    """As check_append, for the indexer's cache."""
+    blocks = -(-2 * n // INDEX_PAGE)
+    g = torch.Generator().manual_seed(n)
+    whole = torch.randint(0, 256, (blocks, 2, 64, 1, 132), generator=g, dtype=torch.uint8)
+    x = (torch.randn(n, 128, generator=g) * 10.0 ** torch.randn(n, 1, generator=g)).to(dtype)
+    slots = some_slots(blocks * INDEX_PAGE, n, slot_dtype)
+    on_device = whole.to(device)
+    with backend.use_backend(tier):
+        fp8.index_append(on_device[:, 1].view(torch.int8), slots.to(device), x.to(device))
+    want = whole.numpy().copy()
+    reference.index_append(want[:, 1], within(slots, blocks * INDEX_PAGE), widened(x))
+    np.testing.assert_array_equal(on_device.cpu().numpy(), want)

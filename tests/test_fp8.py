@@ -78,6 +78,7 @@ def test_packing_again_what_was_unpacked_changes_nothing():
     assert torch.equal(fp8.pack(fp8.unpack(packed)), packed)
 
 
+INDEX_CACHE, KEYS = torch.zeros(2, 64, 1, 132, dtype=torch.uint8), torch.zeros(2, 128)
 PLAIN = torch.zeros(2, 4, 1, 576)
 CACHE = torch.zeros(2, 4, 1, 656, dtype=torch.uint8)
 SLOTS, X = torch.tensor([0, 1]), torch.zeros(2, 576)
@@ -104,6 +105,29 @@ BAD = [
         r"x must have shape \[n, 576] = \[1, 576], got",
     ),
     (fp8.append, (CACHE, SLOTS, X.to("meta")), ValueError, "x must be on cpu"),
+    (fp8.index_pack, (X,), ValueError, r"x must have shape \[..., 128], got \[2, 576]"),
+    (
+        fp8.index_append,
+        (CACHE, SLOTS, KEYS),
+        ValueError,
+        r"cache must have shape \[blocks, 64, 1, 132] = \[any, 64, 1, 132], got \[2, 4, 1, 656]",
+    ),
+    (
+        fp8.index_append,
+        (INDEX_CACHE, SLOTS, X),
+        ValueError,
+        r"x must have shape \[n, 128] = \[2, 128], got \[2, 576]",
+    ),
+    (fp8.index_append, (INDEX_CACHE, SLOTS.short(), KEYS), TypeError, "slots must be of dtype int"),
+    (
+        fp8.index_append,
+        (torch.zeros(64, 2, 1, 132).byte().transpose(0, 1), SLOTS, KEYS),
+        ValueError,
+        "must be contiguous within a page",
+    ),
+    (fp8.rotate, (torch.zeros(2, 96),), ValueError, "x must have a power of two as its last dim"),
+    (fp8.rotate, (torch.zeros(2, 4).int(),), TypeError, "x must be of dtype bfloat16 or float16"),
+    (fp8.rotate, (None,), TypeError, r"x must be a torch.Tensor \[..., d], got NoneType"),
     (
         flashmla.paged_append,
         (PLAIN, SLOTS, X),
@@ -143,6 +167,53 @@ def test_bad_input(function, arguments, error, message):
         function(*arguments)
 
 
+@pytest.mark.parametrize("d", [1, 2, 64, 128])
+def test_rotate_is_the_oracles_and_its_own_inverse(d):
+    x = torch.randn(3, 5, d)
+    rotated = fp8.rotate(x)
+    want = x.double().numpy() @ reference.hadamard(d)
+    np.testing.assert_allclose(rotated.numpy(), want, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(fp8.rotate(rotated).numpy(), x.numpy(), rtol=0, atol=5e-6)
+
+
+def test_rotation_keeps_dot_products_and_averages_errors():
+    q, k = torch.randn(20, 128), torch.randn(30, 128)
+    q[:, 5] *= 100
+    k[:, 5] *= 100
+    rotated_q, rotated_k = fp8.rotate(q), fp8.rotate(k)
+    torch.testing.assert_close(rotated_q @ rotated_k.T, q @ k.T, rtol=1e-4, atol=1e-2)
+
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        codes, scales = zip(fp8.index_pack(a), fp8.index_pack(b), strict=True)
+        dots = codes[0].float() @ codes[1].float().T * scales[0][:, None] * scales[1]
+        return (dots - q @ k.T).pow(2).mean().item()
+
+    assert error(rotated_q, rotated_k) < error(q, k) / 10
+
+
+def test_rotate_gives_gradients_after_inference_mode():
+    fp8._rotations.clear()
+    with torch.inference_mode():
+        fp8.rotate(torch.ones(8))
+    x = torch.ones(8, requires_grad=True)
+    fp8.rotate(x)[0].backward()
+    np.testing.assert_allclose(x.grad.numpy(), np.full(8, 8**-0.5), rtol=1e-6)
+
+
+def test_what_is_appended_is_what_the_indexer_reads():
+    cache = torch.zeros(3, 64, 1, 132, dtype=torch.uint8)
+    keys = torch.randn(130, 128).bfloat16()
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32)
+    places = torch.arange(130)
+    fp8.index_append(cache, table[0, places // 64] * 64 + places % 64, keys)
+    q, q_scale = fp8.index_pack(torch.randn(1, 1, 4, 128))
+    weights, lengths = q_scale * torch.rand(1, 1, 4), torch.tensor([130], dtype=torch.int32)
+    paged = flashmla.indexer_logits_paged(q, cache, weights, table, lengths)[0, :, :130]
+    end = torch.tensor([130], dtype=torch.int32)
+    want = flashmla.indexer_logits(q[0], *fp8.index_pack(keys), weights[0], 0 * end, end)
+    assert torch.equal(paged, want) and want.abs().max() > 0.1
+
+
 def test_slots_are_checked_when_asked_for(monkeypatch):
     plain, rows = torch.zeros(2, 4, 1, 576), X.unsqueeze(1)
     bad = [
@@ -172,6 +243,10 @@ def test_values_to_pack_are_checked_when_asked_for(monkeypatch):
     with pytest.raises(ValueError, match=message):
         fp8.append(CACHE.clone(), torch.tensor([0, 1, 2]), x)
     fp8.pack(x[:1])
+    with pytest.raises(ValueError, match=r"x\[2, 5] is nan, but what is quantised"):
+        fp8.index_pack(x[:, :128])
+    with pytest.raises(ValueError, match=r"x\[2, 5] is nan, but what is quantised"):
+        fp8.index_append(INDEX_CACHE.clone(), torch.tensor([0, 1, 2]), x[:, :128])
 
 
 def test_error_of_the_format_on_attention_like_values():

@@ -105,8 +105,10 @@ def test_indexer_and_topk_and_fp8_and_merge():
         fp8.append(cache, chosen[0], x)
         values = fp8.unpack(cache)
         flashmla.paged_append(values, chosen[1], x.unsqueeze(1))
+        keys = torch.zeros(1, 64, 1, 132, dtype=torch.uint8)
+        fp8.index_append(keys, chosen[0], fp8.rotate(x[:, :128]))
         merged = flashmla.merge_state(x, x[:, 0], 2 * x, x[:, 1])
-        return logits, chosen, values, fp8.pack(x), *merged
+        return logits, chosen, values, fp8.pack(x), keys, *fp8.index_pack(x[:, :128]), *merged
 
     arguments = torch.randn(3, 2, 128), torch.randn(40, 128), torch.randn(7, 576)
     results = compiled(choose)(*arguments)
@@ -171,6 +173,8 @@ def operator_calls():
         "fp8_pack": (x, True),
         "fp8_unpack": (cache,),
         "fp8_append": (cache, torch.tensor([0, 5, -1]), x),
+        "fp8_index_pack": (x[:, :128].contiguous(), True),
+        "fp8_index_append": (pages, torch.tensor([0, 70, -1]), x[:, :128]),
         "paged_kv_append": (
             torch.zeros(2, 4, 1, 576), torch.tensor([0, 5, -1]), x.unsqueeze(1)
         ),

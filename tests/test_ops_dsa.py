@@ -188,3 +188,22 @@ def test_values_are_checked_when_asked_for(monkeypatch):
         wild = torch.zeros(10, 1, 100).int()
         wild[2, 0, 1], wild[0, 0, 50:] = 9077, 99999
         prefill(indices=wild, topk_length=torch.full((10,), 50).int())
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, float("nan"), float("inf")])
+def test_the_indexers_scales_are_checked_when_asked_for(scale, monkeypatch):
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    cache = torch.zeros(4, 64, 1, 132, dtype=torch.uint8)
+    table = torch.tensor([[3, 1], [0, 9]], dtype=torch.int32)
+    lengths = torch.tensor([70, 20], dtype=torch.int32)
+    flashmla.fp8.index_append(cache, torch.arange(256), torch.randn(256, 128))
+    scales = cache.view(4, -1)[:, 64 * 128 :].view(torch.float32)
+    scales[1, 6:], scales[0, 20:], scales[2] = scale, scale, scale
+    arguments = torch.zeros(2, 1, 4, 128).to(torch.float8_e4m3fn), cache, torch.ones(2, 1, 4), table
+    flashmla.indexer_logits_paged(*arguments, lengths)
+    with pytest.raises(
+        ValueError,
+        match=rf"cache has the scale {scale} for token 6 of block 1, but a scale must be positive "
+        r"and finite \(1 such scales\)",
+    ):
+        flashmla.indexer_logits_paged(*arguments, lengths + 1 - torch.tensor([0, 1]).int())

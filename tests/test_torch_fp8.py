@@ -53,6 +53,13 @@ def test_paged_append(dtype, page, heads, d):
     bodies.check_paged_append("torch", dtype, page, heads, d)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_indexers_cache(dtype):
+    bodies.check_index_pack("torch", dtype, True)
+    bodies.check_index_pack("torch", dtype, False)
+    bodies.check_index_append("torch", dtype, 77, torch.int64)
+
+
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_unpack_is_the_oracles(power_of_two):
     cache = tier.pack(tokens(torch.float32), power_of_two)

@@ -31,6 +31,7 @@ KERNELS = [
     Kernel("fp8_pack", "fp8", "pack_kernel", PACK | {"HAS_SLOTS": False}),
     Kernel("fp8_append", "fp8", "pack_kernel", PACK | {"HAS_SLOTS": True}),
     Kernel("fp8_unpack", "fp8", "unpack_kernel"),
+    Kernel("index_append", "fp8", "index_pack_kernel", PACK | {"HAS_SLOTS": True}),
     Kernel("paged_append", "paged_kv", "append_kernel", {"BLOCK": 1024}),
 ]
 FP16 = [
@@ -55,7 +56,7 @@ def test_kernel_compiles_and_fits_in_fp16(kernel):
 
 
 @pytest.mark.parametrize("target", [80, 89])
-@pytest.mark.parametrize("kernel", [*KERNELS[:3], *KERNELS[-4:]], ids=_name)
+@pytest.mark.parametrize("kernel", [*KERNELS[:3], *KERNELS[-5:]], ids=_name)
 def test_kernel_fits_on_cards_with_less_shared_memory(kernel, target):
     assert compiled(compile_kernel, kernel, target).shared <= SHARED_MEMORY[target]
 

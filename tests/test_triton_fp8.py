@@ -37,3 +37,10 @@ def test_append(dtype, page, slot_dtype):
 @pytest.mark.parametrize(("page", "heads", "d"), [(64, 1, 576), (1, 3, 5), (7, 16, 128)])
 def test_paged_append(dtype, page, heads, d):
     interpreted(bodies.check_paged_append, "triton", dtype, page, heads, d)
+
+
+@pytest.mark.parametrize("dtype", bodies.DTYPES, ids=str)
+def test_the_indexers_cache(dtype):
+    denormals = dtype != torch.bfloat16
+    interpreted(bodies.check_index_pack, "triton", dtype, denormals, "cpu", denormals)
+    interpreted(bodies.check_index_append, "triton", dtype, 13, torch.int64)

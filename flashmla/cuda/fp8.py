@@ -12,7 +12,7 @@ from flashmla.cuda.library import load
 from flashmla.cuda.paged_kv import aligned_rows, misplaced
 from flashmla.fp8 import BYTES_PER_TOKEN, HEAD_DIM
 
-__all__ = ["append", "pack", "unpack"]
+__all__ = ["append", "index_append", "index_pack", "pack", "unpack"]
 
 
 def pack(x: Tensor, power_of_two: bool) -> Tensor:
@@ -44,4 +44,24 @@ def supports_append(cache: Tensor, slots: Tensor, x: Tensor) -> str | None:
     """None if the kernel takes these arguments, else why not."""
     if misplaced(cache):
         return "cache's tokens do not lie at multiples of 16 bytes"
+    return None
+
+
+def index_pack(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """[tokens, 128] -> codes float8_e4m3fn [tokens, 128], scales float32 [tokens]."""
+    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    scales = x.new_empty(x.shape[0], dtype=torch.float32)
+    load().index_pack(aligned_rows(x), codes, scales, power_of_two)
+    return codes, scales
+
+
+def index_append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
+    """Quantise x [n, 128] into the slots [n] of a cache [blocks, 64, 1, 132], in place."""
+    load().index_append(cache, slots, aligned_rows(x))
+
+
+def supports_index_append(cache: Tensor, slots: Tensor, x: Tensor) -> str | None:
+    """None if the kernel takes these arguments, else why not."""
+    if misplaced(cache, 1):
+        return "cache's pages do not lie at multiples of 16 bytes"
     return None

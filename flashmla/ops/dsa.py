@@ -16,7 +16,16 @@ from flashmla.checks import (
     float_dtypes,
     values_wanted,
 )
-from flashmla.fp8 import BYTES_PER_TOKEN, CACHE_DTYPES, HEAD_DIM, check_scales
+from flashmla.fp8 import (
+    BYTES_PER_TOKEN,
+    CACHE_DTYPES,
+    HEAD_DIM,
+    INDEX_BYTES_PER_TOKEN,
+    INDEX_DIM,
+    INDEX_PAGE,
+    check_index_scales,
+    check_scales,
+)
 from flashmla.ops.library import define
 
 __all__ = [
@@ -29,15 +38,6 @@ __all__ = [
     "sparse_decode",
     "topk",
 ]
-
-INDEX_DIM = 128
-"""Dimensions of the indexer's queries and keys."""
-
-INDEX_PAGE = 64
-"""Tokens in a page of the indexer's cache."""
-
-INDEX_BYTES_PER_TOKEN = INDEX_DIM + 4
-"""128 float8_e4m3 codes and a float32 scale; a page holds all its codes first."""
 
 PREFILL_HEAD_DIMS = (576, 512)
 """d_qk of sparse prefill: with RoPE dimensions and without."""
@@ -287,8 +287,9 @@ def indexer_logits_paged(
     Args:
         q: float8_e4m3fn [b, s_q, h, 128]; the last query of a request sees all its tokens, the
             one before all but the last, and so on.
-        cache: [blocks, 64, 1, 132] of uint8, int8 or float8_e4m3fn. A page is 64 * 128 bytes of
-            codes and then 64 float32 scales; the stride between pages is free.
+        cache: [blocks, 64, 1, 132] of uint8, int8 or float8_e4m3fn, as
+            :func:`flashmla.fp8.index_append` writes it. A page is 64 * 128 bytes of codes and then
+            64 float32 scales; the stride between pages is free.
         weights: float32 [b, s_q, h], or [b * s_q, h].
         block_table: int32 [b, max_blocks].
         lengths: int32 [b], tokens of each request.
@@ -299,7 +300,8 @@ def indexer_logits_paged(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a wrong rank, shape, device or stride; with ``FLASHMLA_CHECK=1`` also lengths
-            and block numbers out of range.
+            and block numbers out of range, and scales within the lengths that are not positive and
+            finite.
 
     Source: ``flashmla/torch/dsa.py``.
     """
@@ -319,6 +321,7 @@ def indexer_logits_paged(
     check_shape("lengths", lengths, (b,), "[b]")
     if values_wanted():
         check_block_table("lengths", lengths, block_table, cache.shape[0], INDEX_PAGE)
+        check_index_scales("cache", cache, block_table, lengths)
     return _indexer_logits_paged(q, cache, weights, block_table, lengths)
 
 

@@ -14,11 +14,9 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from flashmla.reference.fp8 import TOKEN_BYTES, unpack
+from flashmla.reference.fp8 import INDEX_DIM, INDEX_PAGE, TOKEN_BYTES, unpack
 from flashmla.reference.mha import scaled_scores
 from flashmla.reference.mla import mla_decode
-
-INDEX_PAGE, INDEX_DIM = 64, 128  # tokens in a page of the indexer's cache, dimensions of its keys
 
 
 def indexer_logits(q, k, k_scale, weights, start, end):

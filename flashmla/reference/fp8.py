@@ -43,7 +43,7 @@ def quantise(x, power_of_two=True):
     tiles = x.reshape(*x.shape[:-1], x.shape[-1] // TILE, TILE)
     amax = np.max(np.abs(tiles), axis=-1)
     lost = ~np.isfinite(amax)
-    scales = np.maximum(np.where(lost, 1, amax), SMALLEST_AMAX) / E4M3_MAX
+    scales = np.maximum(np.where(lost, E4M3_MAX, amax), SMALLEST_AMAX) / E4M3_MAX
     if power_of_two:
         scales = round_up_to_power_of_two(scales)
     codes = to_e4m3(np.where(lost[..., None], np.float32(np.nan), tiles / scales[..., None]))
@@ -93,3 +93,33 @@ def append(cache, slots, x, power_of_two=True):
     for slot, row in zip(slots, pack(x, power_of_two), strict=True):
         if slot >= 0:
             cache[slot // page, slot % page, 0] = row.view(cache.dtype)
+
+
+INDEX_PAGE, INDEX_DIM = 64, TILE  # tokens in a page of the indexer's cache, dimensions of its keys
+
+
+def hadamard(d):
+    """H[i, j] = -1 where i and j have an odd number of set bits in common, else 1; over √d."""
+    common = np.arange(d)[:, None] & np.arange(d)[None, :]
+    odd = np.vectorize(int.bit_count, otypes=[int])(common) % 2
+    return np.where(odd == 1, -1.0, 1.0) / np.sqrt(d)
+
+
+def index_pack(x, power_of_two=True):
+    """Indexer keys x [..., 128] of any float dtype -> codes float8_e4m3fn [..., 128], scales."""
+    codes, scales = quantise(np.asarray(x).astype(np.float32), power_of_two)
+    return codes, scales[..., 0]
+
+
+def index_append(cache, slots, x, power_of_two=True):
+    """Pack keys x [n, 128] into the indexer's cache, bytes [blocks, 64, 1, 132], in place.
+
+    A page is 64 · 128 code bytes and then 64 float32 scales; a negative slot drops its token.
+    """
+    pages = cache.reshape(len(cache), -1)
+    for slot, code, scale in zip(slots, *index_pack(x, power_of_two), strict=True):
+        if slot >= 0:
+            block, offset = divmod(slot, INDEX_PAGE)
+            begin, scale_at = offset * INDEX_DIM, INDEX_PAGE * INDEX_DIM + 4 * offset
+            pages[block, begin : begin + INDEX_DIM] = code.view(cache.dtype)
+            pages[block, scale_at : scale_at + 4] = scale[None].view(cache.dtype)

@@ -8,6 +8,8 @@ from torch import Tensor
 from flashmla.fp8 import (
     BYTES_PER_TOKEN,
     E4M3_MAX,
+    INDEX_DIM,
+    INDEX_PAGE,
     NOPE_DIM,
     ROPE_OFFSET,
     SCALES_OFFSET,
@@ -16,7 +18,7 @@ from flashmla.fp8 import (
 )
 from flashmla.torch import paged_kv
 
-__all__ = ["append", "pack", "quantise", "unpack"]
+__all__ = ["append", "index_append", "index_pack", "pack", "quantise", "unpack"]
 
 _E4M3_NAN, _BF16_NAN, _FLOAT_NAN = 0x7F, 0x7FC0, 0x7FC00000
 
@@ -68,3 +70,20 @@ def unpack(cache: Tensor) -> Tensor:
 def append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
     """Write packed tokens into the slots of a cache [blocks, page, 1, 656], in place."""
     paged_kv.append(cache.view(torch.uint8), slots, pack(x, True).unsqueeze(1))
+
+
+@torch.no_grad()
+def index_pack(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """[tokens, 128] -> codes float8_e4m3fn [tokens, 128], scales float32 [tokens]."""
+    codes, scales = quantise(x, power_of_two)
+    return codes.view(torch.float8_e4m3fn), scales.squeeze(-1)
+
+
+@torch.no_grad()
+def index_append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
+    """Write packed keys into the slots of a cache [blocks, 64, 1, 132], in place."""
+    codes, scales = quantise(x, True)
+    pages = cache.view(torch.uint8).flatten(1)  # [blocks, 64 * 128 codes, then 64 scales]
+    parts = pages.split_with_sizes((INDEX_PAGE * INDEX_DIM, INDEX_PAGE * 4), dim=1)
+    for part, rows in zip(parts, (codes, scales.view(torch.uint8)), strict=True):
+        paged_kv.append(part.unflatten(1, (INDEX_PAGE, -1)), slots, rows)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashmla.fp8 import BYTES_PER_TOKEN, HEAD_DIM
+from flashmla.fp8 import BYTES_PER_TOKEN, HEAD_DIM, INDEX_DIM, INDEX_PAGE
 from flashmla.triton.common import on_device
 from flashmla.triton.paged_kv import find_slot
 
@@ -156,6 +156,37 @@ def unpack_kernel(
 # endregion: unpack_kernel
 
 
+# region: index_pack_kernel
+@triton.jit(do_not_specialize=["page", "capacity"])
+def index_pack_kernel(
+    x,  # [n, 128]
+    slots,  # [n] int32 or int64, or anything without HAS_SLOTS
+    codes,  # uint8, of block 0: [page, 128]
+    scales,  # int32, of block 0: [page]
+    x_stride,
+    stride_block,  # bytes, a multiple of 4; the same for codes and scales
+    page,
+    capacity,  # blocks * page
+    POWER_OF_TWO: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+):
+    # One program for one token.
+    token = tl.program_id(0).to(tl.int64)
+    slot = find_slot(slots, token, capacity, HAS_SLOTS)
+    if slot < 0:
+        return
+    block, offset = slot // page, slot % page
+    column = tl.arange(0, TILE)  # [128]
+    values = tl.load(x + token * x_stride + column).to(tl.float32)
+    key, scale_bits = quantise(values[None, :], POWER_OF_TWO)  # [1, 128], [1]
+    place = block * stride_block + offset * TILE + column[None, :]
+    tl.store(codes + place, key.to(tl.uint8))
+    tl.store(scales + block * (stride_block // 4) + offset + tl.arange(0, 1), scale_bits)
+
+
+# endregion: index_pack_kernel
+
+
 def pack(x: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     """[tokens, 576] -> uint8 [tokens, 656]."""
     packed = torch.empty(x.shape[0], BYTES_PER_TOKEN, dtype=torch.uint8, device=x.device)
@@ -198,6 +229,47 @@ def unpack(cache: torch.Tensor) -> torch.Tensor:
                 *_views(rows), values, rows.stride(0), rows.stride(1), rows.shape[1], num_warps=1,
             )  # fmt: skip
     return values.view(*lead, HEAD_DIM)
+
+
+def index_pack(x: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """[tokens, 128] -> codes float8_e4m3fn [tokens, 128], scales float32 [tokens]."""
+    tokens = x.shape[0]
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    if tokens:
+        _index_pack(x, None, codes, scales, 0, tokens, tokens, power_of_two)
+    return codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
+
+
+def index_append(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:
+    """Quantises x [n, 128] into the slots [n] of a cache [blocks, 64, 1, 132], in place."""
+    pages = cache.view(torch.uint8).flatten(1)  # [blocks, 64 * 128 codes, then 64 scales]
+    scales = pages[:, INDEX_PAGE * INDEX_DIM :].view(torch.int32)
+    capacity = pages.shape[0] * INDEX_PAGE
+    if x.shape[0] and capacity:
+        _index_pack(x, slots, pages, scales, pages.stride(0), INDEX_PAGE, capacity, True)
+
+
+def _index_pack(
+    x: torch.Tensor,
+    slots: torch.Tensor | None,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    stride_block: int,
+    page: int,
+    capacity: int,
+    power_of_two: bool,
+) -> None:
+    with on_device(x.device):
+        index_pack_kernel[(x.shape[0],)](
+            x, x if slots is None else slots, codes, scales, x.stride(0), stride_block, page,
+            capacity, POWER_OF_TWO=power_of_two, HAS_SLOTS=slots is not None, num_warps=1,
+        )  # fmt: skip
+
+
+def supports_index_append(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> str:
+    """Empty if the kernel takes the arguments, else why not."""
+    return "cache's pages do not lie at multiples of 4 bytes" if _misplaced(cache) else ""
 
 
 def supports_append(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> str:

@@ -9,6 +9,7 @@ import torch
 
 import flashmla
 from flashmla import backend, fp8
+from flashmla.lab.check import compare
 from flashmla.reference import fp8 as reference
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +62,58 @@ def test_append_beyond_65535_tokens(tier):
 def test_paged_append(tier, dtype, heads, d):
     bodies.check_paged_append(tier, dtype, 64, heads, d, 200, DEVICE)
     bodies.check_paged_append(tier, dtype, 1, heads, d, 3, DEVICE)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("dtype", bodies.DTYPES, ids=str)
+@pytest.mark.parametrize("tier", [*CARD_TIERS, "torch"])
+def test_index_pack(tier, dtype, power_of_two):
+    bodies.check_index_pack(tier, dtype, power_of_two, DEVICE)
+
+
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 129, 70_001])
+@pytest.mark.parametrize("tier", CARD_TIERS)
+def test_index_append(tier, n, slot_dtype):
+    bodies.check_index_append(tier, torch.bfloat16, n, slot_dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tier", CARD_TIERS)
+def test_index_append_of_other_dtypes(tier, dtype):
+    bodies.check_index_append(tier, dtype, 300, torch.int32, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", bodies.DTYPES, ids=str)
+def test_rotate(dtype):
+    x = torch.randn(1000, 128).to(dtype)
+    want = x.double().numpy() @ reference.hadamard(128)
+    compare("rotated", fp8.rotate(x.to(DEVICE)), want, abs_tol=1e-5, rel_tol=2 * eps(dtype))
+
+
+def eps(dtype: torch.dtype) -> float:
+    return max(torch.finfo(dtype).eps, 1e-5)
+
+
+def test_a_graph_rotates_and_appends():
+    """Captured with no rotation made before, replayed after its graph's tensors are gone."""
+    fp8._rotations.clear()
+    cache = torch.zeros(2, 64, 1, 132, dtype=torch.uint8, device=DEVICE)
+    x = torch.randn(5, 128, device=DEVICE).to(torch.bfloat16)
+    slots = torch.tensor([0, 9, -1, 127, 64], dtype=torch.int32, device=DEVICE)
+    torch.randn(5, 64, device=DEVICE) @ torch.randn(64, 64, device=DEVICE)  # cuBLAS is awake
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), backend.use_backend("cuda"):
+        fp8.index_append(cache, slots, fp8.rotate(x))
+    assert not fp8._rotations
+    x.copy_(torch.randn(5, 128).to(torch.bfloat16))
+    slots.copy_(torch.tensor([7, 128, 3, 100, -5]))
+    graph.replay()
+    want = np.zeros((2, 64, 1, 132), np.uint8)
+    rotated = fp8.rotate(x)
+    reference.index_append(want, [7, -1, 3, 100, -1], bodies.widened(rotated))
+    np.testing.assert_array_equal(cache.cpu().numpy(), want)
 
 
 def test_caches_that_lie_between_16_bytes_go_to_another_tier():

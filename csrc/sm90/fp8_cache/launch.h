@@ -60,6 +60,21 @@ struct UnpackArgs {
 };
 void launch_fp8_unpack(const UnpackArgs& args, cudaStream_t stream);
 
+// Keys of the indexer: 128 values a token, one scale. In its cache a page holds the codes of all
+// its tokens and then their scales; packed on their own, codes and scales lie apart.
+struct IndexPackArgs {
+  const void* x;  // [tokens, 128] of `element`
+  int64_t x_stride;
+  Element element;
+  int64_t tokens;
+  bool power_of_two;
+  uint8_t* codes;        // of block 0, [page, 128]
+  float* scales;         // of block 0, [page]
+  int64_t stride_block;  // bytes from a block's codes to the next one's, and so for scales
+  Slots slots;
+};
+void launch_index_pack(const IndexPackArgs& args, cudaStream_t stream);
+
 struct AppendArgs {
   const uint8_t* x;  // [tokens, width]
   int64_t x_stride;  // bytes, as all strides here
