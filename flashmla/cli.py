@@ -27,6 +27,8 @@ OPERATIONS = (
     "fp8.pack",
     "fp8.unpack",
     "fp8.append",
+    "fp8.index_pack",
+    "fp8.index_append",
     "dsa.indexer_logits",
     "dsa.indexer_logits_paged",
     "dsa.topk",

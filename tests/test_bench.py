@@ -173,6 +173,42 @@ def test_ceilings_of_this_machine_are_measured():
     assert 1e-4 < roofline.matmul_tflops(CPU, n=128, dtype=torch.float32) < 100
 
 
+WRITING = [Case(op, tokens=70) for op in cases.WRITES]
+
+
+@pytest.mark.parametrize("case", WRITING, ids=lambda case: case.op)
+def test_writing_counts_every_byte_once(case: Case):
+    problem = problems.writing(case, CPU)
+    cache, x = problem.caches[0], problem.x[0]
+    token = cache[0, 0].numel() * cache.element_size() + x[0].numel() * 2 + 4
+    assert case.bytes_moved == 70 * token and case.flops == 0
+    assert len(problem.slots.unique()) == 70 and not torch.equal(*problem.x)
+    assert case.name == "tokens=70"
+
+
+@pytest.mark.parametrize("case", WRITING, ids=lambda case: case.op)
+def test_a_write_is_timed_and_its_wrong_bytes_are_counted(case: Case):
+    problem = problems.writing(case, CPU)
+    (cache,) = peers.own(problem, "torch")(1)
+    assert cache is problem.caches[1] and cache.view(torch.uint8).any()
+    assert problem.error(cache, copy=1) == 0.0
+    wrong = cache.clone()
+    wrong.view(torch.uint8).view(-1)[5] ^= 1
+    assert problem.error(wrong, copy=1) == pytest.approx(1 / wrong.view(torch.uint8).numel())
+    (row,) = run.measured_rows(case, CPU, rounds=1, ceilings=H100)
+    assert (row["impl"], row["error"], row["tflops"]) == ("flashmla-torch", 0.0, 0.0)
+    assert row["gbps"] == pytest.approx(case.bytes_moved / row["us"] / 1e3, rel=1e-2)
+    want = case.bytes_moved / H100.copy_gbps / 1e3
+    assert row["predicted_us"] == pytest.approx(want, rel=1e-3)
+
+
+def test_torch_writes_rows_as_its_peer():
+    assert peers.find_peers(torch.device("cuda"), "fp8_append") == {}
+    ((name, make),) = peers.find_peers(torch.device("cuda"), "paged_append").items()
+    problem = problems.writing(WRITING[0], CPU)
+    assert name.startswith("peer:torch-2.") and problem.error(*make(problem)(0)) == 0.0
+
+
 # ---- peers and rows --------------------------------------------------------------------------
 
 

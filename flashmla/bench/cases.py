@@ -14,7 +14,16 @@ __all__ = ["CASES", "OPS", "QUICK", "TINY", "Case", "select"]
 
 BF16 = 2  # bytes
 FP8_TOKEN = 656  # bytes of a cached token in the FP8 format
+INDEX_TOKEN = 132  # bytes of a cached key of the indexer
 D_QK, D_V = 576, 512
+D_INDEX = 128
+
+# Bytes that writing a token takes: values in bfloat16 and an int32 slot in, cache bytes out.
+WRITES = {
+    "paged_append": D_QK * BF16 + 4 + D_QK * BF16,
+    "fp8_append": D_QK * BF16 + 4 + FP8_TOKEN,
+    "index_append": D_INDEX * BF16 + 4 + INDEX_TOKEN,
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,8 @@ class Case:
     """A problem of one operation; what does not apply to the operation stays at its default.
 
     Args:
-        op: ``dense_decode``, ``sparse_decode`` or ``sparse_prefill``.
+        op: ``dense_decode``, ``sparse_decode``, ``sparse_prefill``, or one that writes tokens to
+            a cache: ``paged_append``, ``fp8_append``, ``index_append``.
         b: sequences in the batch (decode).
         h_q, h_kv: query heads, and the key/value heads that they share.
         s_q: query tokens (of each sequence in decode, in all for prefill).
@@ -30,6 +40,7 @@ class Case:
         spread: standard deviation of the lengths, which are normal and at least ``s_q``.
         topk: indices a query attends to (sparse).
         page: tokens in a page of the cache.
+        tokens: how many are written to the cache.
     """
 
     op: str
@@ -41,10 +52,13 @@ class Case:
     spread: int = 0
     topk: int = 0
     page: int = 64
+    tokens: int = 0
 
     @property
     def name(self) -> str:
         """The case as result files and tables call it."""
+        if self.op in WRITES:
+            return f"tokens={self.tokens}"
         parts = [] if self.op == "sparse_prefill" else [f"b={self.b}"]
         parts += [f"h_q={self.h_q}", f"s_q={self.s_q}"]
         if self.h_kv != 1:
@@ -72,6 +86,8 @@ class Case:
     @property
     def keys(self) -> int:
         """Key tokens that one query head meets, over the batch (or over the queries of prefill)."""
+        if self.op in WRITES:
+            return 0
         if self.op == "dense_decode":
             return int(self.lengths().sum()) * self.s_q
         return self.topk * self.s_q * (1 if self.op == "sparse_prefill" else self.b)
@@ -87,6 +103,8 @@ class Case:
     @property
     def bytes_moved(self) -> int:
         """Bytes that have to cross the memory bus: the keys once, queries in, outputs out."""
+        if self.op in WRITES:
+            return WRITES[self.op] * self.tokens
         queries = self.s_q * (1 if self.op == "sparse_prefill" else self.b)
         ends = queries * self.h_q * (D_QK + D_V) * BF16 + queries * self.h_q * 4
         if self.op == "dense_decode":
@@ -128,6 +146,7 @@ CASES: tuple[Case, ...] = (
     _prefill(128, 32768),
     _prefill(128, 131072),
     _prefill(64, 32768),
+    *(Case(op, tokens=tokens) for op in WRITES for tokens in (65536, 128)),
 )
 
 # The ends of the range: balanced, compute-bound, memory-bound, one long sequence, a tiny one.

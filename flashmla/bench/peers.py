@@ -16,24 +16,43 @@ import torch
 
 import flashmla
 from flashmla import backend
-from flashmla.bench.cases import D_V
-from flashmla.bench.problems import DenseDecode
+from flashmla.bench.cases import D_QK, D_V
+from flashmla.bench.problems import DenseDecode, Writing
 from flashmla.bench.timing import Side
 
 __all__ = ["TIER_OF_OP", "find_peers", "own", "sides"]
 
 # The operation whose tier decides who serves a benchmark's call.
-TIER_OF_OP = {"dense_decode": "mla.dense_decode"}
+TIER_OF_OP = {
+    "dense_decode": "mla.dense_decode",
+    "paged_append": "paged_kv.append",
+    "fp8_append": "fp8.append",
+    "index_append": "fp8.index_append",
+}
 
 PEER = "sgl-flash-mla"  # the distribution that keeps FlashMLA's Hopper kernels, frozen
 
 
-def own(problem: DenseDecode, tier: str) -> Side:
-    """This package's dense decode on one tier, planned once as a caller would.
+def own(problem: DenseDecode | Writing, tier: str) -> Side:
+    """This package's operation on one tier, planned once as a caller would.
 
-    The call's result is (out, lse). The tier that would serve it anyway is called as users call
-    it, with nothing around; another one pays for the context manager in its host time.
+    The first of what a call returns is what is compared. The tier that would serve it anyway is
+    called as users call it, with nothing around; another one pays for the context manager in its
+    host time.
     """
+    call = _writing(problem) if isinstance(problem, Writing) else _dense_decode(problem)
+    if backend.tier_for(TIER_OF_OP[problem.case.op], problem.device) == tier:
+        return call
+
+    def forced(copy: int) -> Any:
+        with backend.use_backend(tier):
+            return call(copy)
+
+    return forced
+
+
+def _dense_decode(problem: DenseDecode) -> Side:
+    """Returns (out, lse)."""
     case = problem.case
     metadata, num_splits = flashmla.get_mla_metadata(
         problem.cache_seqlens, case.s_q * case.h_q // case.h_kv, case.h_kv
@@ -52,22 +71,36 @@ def own(problem: DenseDecode, tier: str) -> Side:
             causal=case.causal,
         )
 
-    if backend.tier_for(TIER_OF_OP[case.op], problem.q.device) == tier:
-        return call
-
-    def forced(copy: int) -> Any:
-        with backend.use_backend(tier):
-            return call(copy)
-
-    return forced
+    return call
 
 
-def find_peers(device: torch.device) -> dict[str, Callable[[DenseDecode], Side]]:
-    """The peers of dense decode that are installed and can use this device: name -> maker.
+def _writing(problem: Writing) -> Side:
+    """Returns (cache,)."""
+    op = problem.case.op
+    append = {
+        "paged_append": flashmla.paged_append,
+        "fp8_append": flashmla.fp8.append,
+        "index_append": flashmla.fp8.index_append,
+    }[op]
+    x = problem.x if op != "paged_append" else tuple(x.unsqueeze(1) for x in problem.x)
+
+    def call(copy: int) -> Any:
+        append(problem.caches[copy], problem.slots, x[copy])
+        return (problem.caches[copy],)
+
+    return call
+
+
+def find_peers(device: torch.device, op: str = "dense_decode") -> dict[str, Callable[[Any], Side]]:
+    """The peers of an operation that are installed and can use this device: name -> maker.
 
     One that is installed and does not load (another CUDA, say) is left out, with a warning.
     """
-    if device.type != "cuda" or importlib.util.find_spec("flash_mla") is None:
+    if device.type != "cuda":
+        return {}
+    if op == "paged_append":
+        return {f"peer:torch-{torch.__version__.split('+')[0]}": _indexed_assignment}
+    if op != "dense_decode" or importlib.util.find_spec("flash_mla") is None:
         return {}
     try:
         version = importlib.metadata.version(PEER)
@@ -102,10 +135,23 @@ def _frozen_flash_mla(problem: DenseDecode) -> Side:
     return call
 
 
-def sides(problem: DenseDecode, tiers: list[str], with_peers: bool = True) -> dict[str, Side]:
+def _indexed_assignment(problem: Writing) -> Side:
+    """What torch has for writing rows to where indices say."""
+    slots = problem.slots.long()
+
+    def call(copy: int) -> Any:
+        problem.caches[copy].view(-1, D_QK)[slots] = problem.x[copy]
+        return (problem.caches[copy],)
+
+    return call
+
+
+def sides(
+    problem: DenseDecode | Writing, tiers: list[str], with_peers: bool = True
+) -> dict[str, Side]:
     """Everybody who can serve a problem: result rows' ``impl`` -> call."""
     found = {f"flashmla-{tier}": own(problem, tier) for tier in tiers}
     if with_peers:
-        for name, make in find_peers(problem.q.device).items():
+        for name, make in find_peers(problem.device, problem.case.op).items():
             found[name] = make(problem)
     return found

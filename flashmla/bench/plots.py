@@ -38,7 +38,7 @@ def roofline_of(result: dict[str, Any], impls: tuple[str, ...] | None = None) ->
     points = []
     for row in result["rows"]:
         case = _case(row)
-        if case is not None and row["impl"] in chosen:
+        if case is not None and case.flops and row["impl"] in chosen:
             intensity = case.flops / case.bytes_moved
             points.append(Point(row["case"], intensity, row["tflops"] * 1e12, _tier(row["impl"])))
     return roofline([roof], points, f"Measured on {device}: {', '.join(chosen)}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from flashmla.bench.cases import D_QK, D_V, Case
+from flashmla.bench.cases import BF16, D_INDEX, D_QK, D_V, FP8_TOKEN, INDEX_TOKEN, WRITES, Case
 from flashmla.bench.timing import copies_needed
 
-__all__ = ["DenseDecode", "dense_decode"]
+__all__ = ["MAKERS", "DenseDecode", "Writing", "dense_decode", "writing"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class DenseDecode:
     caches: tuple[torch.Tensor, ...]
     block_table: torch.Tensor
     cache_seqlens: torch.Tensor
+
+    @property
+    def copies(self) -> int:
+        return len(self.caches)
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
 
     @property
     def scale(self) -> float:
@@ -75,6 +84,73 @@ def dense_decode(case: Case, device: torch.device, seed: int = 0) -> DenseDecode
         block_table=table.view(case.b, most),
         cache_seqlens=lengths,
     )
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Tokens to be written to a cache.
+
+    Args:
+        x: copies [tokens, d], bfloat16, random normal.
+        caches: copies [blocks, 64, 1, width], as many tokens as are written, or a page at least.
+        slots: [tokens] int32, all different, at random.
+    """
+
+    case: Case
+    x: tuple[torch.Tensor, ...]
+    caches: tuple[torch.Tensor, ...]
+    slots: torch.Tensor
+
+    @property
+    def copies(self) -> int:
+        return len(self.caches)
+
+    @property
+    def device(self) -> torch.device:
+        return self.slots.device
+
+    def error(self, result: torch.Tensor, copy: int = 0) -> float:
+        """The share of the cache's bytes that are not what the torch tier writes."""
+        from flashmla.torch import fp8, paged_kv
+
+        want, x = self.caches[copy].clone(), self.x[copy]
+        if self.case.op == "paged_append":
+            paged_kv.append(want, self.slots, x.unsqueeze(1))
+        else:
+            append = fp8.append if self.case.op == "fp8_append" else fp8.index_append
+            append(want, self.slots, x)
+        return float((result.view(torch.uint8) != want.view(torch.uint8)).float().mean())
+
+
+def writing(case: Case, device: torch.device, seed: int = 0) -> Writing:
+    """Makes a problem of writing tokens; copies as for decode."""
+    generator = torch.Generator(device).manual_seed(seed)
+    d = D_INDEX if case.op == "index_append" else D_QK
+    blocks = -(-case.tokens // case.page)
+    width = {"paged_append": D_QK, "fp8_append": FP8_TOKEN, "index_append": INDEX_TOKEN}[case.op]
+    dtype = torch.bfloat16 if case.op == "paged_append" else torch.uint8
+    copies = range(_copies(max(BF16 * d, WRITES[case.op] - BF16 * d) * case.tokens, device))
+
+    def random() -> torch.Tensor:
+        x = torch.randn(case.tokens, d, generator=generator, device=device)
+        return x.to(torch.bfloat16)
+
+    slots = torch.randperm(blocks * case.page, generator=generator, device=device)
+    return Writing(
+        case=case,
+        x=tuple(random() for _ in copies),
+        caches=tuple(
+            torch.zeros(blocks, case.page, 1, width, dtype=dtype, device=device) for _ in copies
+        ),
+        slots=slots[: case.tokens].to(torch.int32),
+    )
+
+
+MAKERS: dict[str, Callable[[Case, torch.device], DenseDecode | Writing]] = {
+    "dense_decode": dense_decode,
+    **dict.fromkeys(WRITES, writing),
+}
+"""Who makes the problems of an operation."""
 
 
 def _copies(bytes_each: int, device: torch.device) -> int:

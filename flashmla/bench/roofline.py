@@ -38,9 +38,15 @@ class Ceilings:
         return {name: round(value, 1) for name, value in asdict(self).items()}
 
 
-def predicted_us(flops: float, bytes_moved: float, ceilings: Ceilings) -> float:
-    """Microseconds if the slower of the two, memory and arithmetic, were all there is."""
-    return max(bytes_moved / (ceilings.read_gbps * 1e3), flops / (ceilings.matmul_tflops * 1e6))
+def predicted_us(
+    flops: float, bytes_moved: float, ceilings: Ceilings, writes: bool = False
+) -> float:
+    """Microseconds if the slower of the two, memory and arithmetic, were all there is.
+
+    With ``writes`` the bytes go both ways, at the rate of a copy.
+    """
+    gbps = ceilings.copy_gbps if writes else ceilings.read_gbps
+    return max(bytes_moved / (gbps * 1e3), flops / (ceilings.matmul_tflops * 1e6))
 
 
 def bound(flops: float, bytes_moved: float, ceilings: Ceilings) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from flashmla import backend
-from flashmla.bench.cases import Case, select
+from flashmla.bench.cases import WRITES, Case, select
 from flashmla.bench.peers import TIER_OF_OP, sides
-from flashmla.bench.problems import dense_decode
+from flashmla.bench.problems import MAKERS
 from flashmla.bench.roofline import Ceilings, measure_ceilings, predicted_us
 from flashmla.bench.timing import Timing, measure
 from flashmla.lab.provenance import provenance
@@ -76,9 +76,10 @@ def measured_rows(
 
     Keys: op, case, impl; us (graph replay on a card, wall time on a CPU) and eager_us; tflops and
     gbps, from the operations and bytes that the case needs at least; error, the largest absolute
-    error of out against float64; and host_us, spread, clock and predicted_us (at the ceilings).
+    error of out against float64 (where tokens are written, the share of bytes that are wrong); and
+    host_us, spread, clock and predicted_us (at the ceilings).
     """
-    problem = dense_decode(case, device)
+    problem = MAKERS[case.op](case, device)
     chosen = list(tiers) if tiers else available_tiers(case, device)
     contestants = sides(problem, chosen, with_peers)
     outs = {}
@@ -89,11 +90,12 @@ def measured_rows(
             say(f"{case.op}  {case.name}  {name}: left out, {problem_found}")
             del contestants[name]
     errors = {name: problem.error(out) for name, out in outs.items()}
-    timings = measure(contestants, len(problem.caches), device, rounds)
+    timings = measure(contestants, problem.copies, device, rounds)
     rows = [_row(case, name, timings[name], errors[name]) for name in contestants]
     for row in rows:
         if ceilings is not None:
-            row["predicted_us"] = _digits(predicted_us(case.flops, case.bytes_moved, ceilings))
+            us = predicted_us(case.flops, case.bytes_moved, ceilings, case.op in WRITES)
+            row["predicted_us"] = _digits(us)
         say(_line(row))
     return rows
 
