@@ -182,6 +182,13 @@ def test_values_are_checked_when_asked_for(monkeypatch):
     ):
         end = torch.tensor([0, 0, 6], dtype=torch.int32)
         flashmla.indexer_logits(CODES, KEYS, torch.ones(5), torch.ones(3, 4), BOUNDS, end)
+    table = torch.tensor([[5, 1], [7, -1], [-3, 2]], dtype=torch.int32)
+    flashmla.topk(torch.zeros(3, 8), 2, torch.tensor([8, 4, 0]).int(), table, 4)
+    for lengths, place in (([8, 5, 0], "1, 1"), ([8, 4, 1], "2, 0")):
+        with pytest.raises(ValueError, match=rf"block_table\[{place}] is -\d, but a block number"):
+            flashmla.topk(torch.zeros(3, 8), 2, torch.tensor(lengths).int(), table, 4)
+    with pytest.raises(ValueError, match=r"block_table\[1, 1] is -1, but a block number within"):
+        flashmla.topk(torch.zeros(3, 8), 2, None, table, 4)
     with pytest.raises(ValueError, match=r"topk_length\[3] is 101"):
         prefill(topk_length=torch.full((10,), 7).index_fill(0, torch.tensor(3), 101).int())
     with pytest.raises(ValueError, match=r"indices\[2, 0, 1] is 9077, but a row of kv, or -1 "):

@@ -355,7 +355,7 @@ def topk(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a wrong rank, shape or device, or a block table too narrow for n; with
-            ``FLASHMLA_CHECK=1`` also lengths out of range.
+            ``FLASHMLA_CHECK=1`` also lengths out of range, and negative block numbers within them.
 
     Example:
         >>> logits = torch.tensor([[2.0, 5.0, float("nan"), 2.0, 3.0]])
@@ -381,4 +381,10 @@ def topk(
                 f"block_table has {block_table.shape[1]} blocks of {page} tokens a row, too few "
                 f"for the {n} positions of logits"
             )
+        if values_wanted():
+            ends = lengths if lengths is not None else torch.full((rows,), n, device=logits.device)
+            used = torch.arange(block_table.shape[1], device=logits.device) * page
+            numbers = block_table.masked_fill(used >= ends.unsqueeze(1), 0)
+            most = torch.iinfo(torch.int32).max // page
+            check_range("block_table", numbers, 0, most, "a block number within the length")
     return _topk(logits, count, lengths, block_table, page)
