@@ -34,16 +34,16 @@ inline EncodeTiledFn encode_tiled() {
   return fn;
 }
 
-// A tensor of 16-bit elements seen as `Rank` dimensions, innermost first. `strides` are in
-// elements and leave out the innermost (1). Boxes land in shared memory in the 128-byte swizzle
-// that wgmma reads; what a box covers outside the tensor arrives as zeros and is never read.
+// A tensor of elements of `element` bytes seen as `Rank` dimensions, innermost first. `strides` are
+// in elements and leave out the innermost (1). What a box covers outside the tensor arrives as
+// zeros and is never read.
 template <int Rank>
-CUtensorMap make_tensor_map_16bit(const void* base, bool is_bf16,
-                                  const std::array<uint64_t, Rank>& shape,
-                                  const std::array<uint64_t, Rank - 1>& strides,
-                                  const std::array<uint32_t, Rank>& box) {
+CUtensorMap make_tensor_map(CUtensorMapDataType type, int element, CUtensorMapSwizzle swizzle,
+                            const void* base, const std::array<uint64_t, Rank>& shape,
+                            const std::array<uint64_t, Rank - 1>& strides,
+                            const std::array<uint32_t, Rank>& box) {
   std::array<cuuint64_t, Rank> dims{};
-  std::array<cuuint64_t, Rank - 1> bytes{};
+  std::array<cuuint64_t, Rank> bytes{};  // one more than is read: a Rank of 1 has no stride
   std::array<cuuint32_t, Rank> extent{};
   std::array<cuuint32_t, Rank> step{};
   for (int i = 0; i < Rank; ++i) {
@@ -51,20 +51,29 @@ CUtensorMap make_tensor_map_16bit(const void* base, bool is_bf16,
     extent[i] = box[i];
     step[i] = 1;
     // The stride of a dimension of one is never used, and may be anything in the caller's tensor.
-    if (i + 1 < Rank) bytes[i] = (shape[i + 1] == 1 ? shape[0] : strides[i]) * 2;
+    if (i + 1 < Rank) bytes[i] = (shape[i + 1] == 1 ? shape[0] : strides[i]) * element;
   }
   CUtensorMap map;
-  const CUresult status = encode_tiled()(
-      &map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Rank,
-      const_cast<void*>(base), dims.data(), bytes.data(), extent.data(), step.data(),
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      encode_tiled()(&map, type, Rank, const_cast<void*>(base), dims.data(), bytes.data(),
+                     extent.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     TVM_FFI_THROW(ValueError) << "cuTensorMapEncodeTiled refused a tensor (code "
                               << static_cast<int>(status)
                               << "): its address and strides must be multiples of 16 bytes";
   }
   return map;
+}
+
+// 16-bit elements; boxes land in shared memory in the 128-byte swizzle that wgmma reads.
+template <int Rank>
+CUtensorMap make_tensor_map_16bit(const void* base, bool is_bf16,
+                                  const std::array<uint64_t, Rank>& shape,
+                                  const std::array<uint64_t, Rank - 1>& strides,
+                                  const std::array<uint32_t, Rank>& box) {
+  const auto type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return make_tensor_map<Rank>(type, 2, CU_TENSOR_MAP_SWIZZLE_128B, base, shape, strides, box);
 }
 
 }  // namespace flashmla
