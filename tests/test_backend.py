@@ -163,7 +163,7 @@ def test_triton_takes_cpu_tensors_in_its_interpreter(tiers, monkeypatch):
 @pytest.mark.parametrize(
     ("op", "want"),
     [("mla.dense_decode", True), ("split_kv.get_metadata", True), ("split_kv.merge_state", True),
-     ("split_kv.combine", False), ("dsa.topk", False), ("mha.forward", False)],
+     ("split_kv.combine", False), ("dsa.topk", True), ("mha.forward", False)],
 )  # fmt: skip
 def test_what_hopper_has_kernels_for_is_read_off_the_tier(op, want):
     assert backend._has_cuda_kernel(op) is want
@@ -171,12 +171,12 @@ def test_what_hopper_has_kernels_for_is_read_off_the_tier(op, want):
 
 def test_a_required_tier_that_steps_down_is_an_error(tiers, monkeypatch):
     monkeypatch.setenv("FLASHMLA_REQUIRE_TIER", "cuda")
-    tiers("torch", dense_decode=lambda: "torch", topk=lambda: "torch")
+    tiers("torch", dense_decode=lambda: "torch", combine=lambda: "torch")
     with pytest.raises(
         RuntimeError, match="FLASHMLA_REQUIRE_TIER=cuda, but mla.dense_decode would"
     ):
         backend.call(OP, GPU)
-    assert backend.call("dsa.topk", GPU) == "torch"  # has no CUDA kernel to step down from
+    assert backend.call("split_kv.combine", GPU) == "torch"  # has no CUDA kernel to step down from
     assert backend.call(OP, CPU) == "torch"
     with backend.use_backend("torch"):  # asked for, and so no step down
         assert backend.call(OP, GPU) == "torch"

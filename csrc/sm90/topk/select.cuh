@@ -1,0 +1,89 @@
+// The k-th largest of a set of keys by a block: radix selection, ten bits a pass.
+#pragma once
+
+#include <cstdint>
+
+namespace flashmla::sm90::topk {
+
+constexpr int kDigitBits = 10;
+constexpr int kBins = 1 << kDigitBits;
+
+struct Scratch {
+  unsigned histogram[kBins];
+  int warp_sums[32];
+  int bin, above, inside;  // where the search goes on
+  int candidates;
+  unsigned largest;
+};
+
+__device__ __forceinline__ int warp_inclusive_sum(int x) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(~0u, x, step);
+    if (lane >= step) x += other;
+  }
+  return x;
+}
+
+// Sum over the threads before this one; `total` over all. A barrier must lie between two calls.
+__device__ __forceinline__ int block_exclusive_sum(int x, int* warp_sums, int& total) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int inclusive = warp_inclusive_sum(x);
+  if (lane == 31) warp_sums[warp] = inclusive;
+  __syncthreads();
+  const int sum = lane < static_cast<int>(blockDim.x) / 32 ? warp_sums[lane] : 0;
+  total = __reduce_add_sync(~0u, sum);
+  return __reduce_add_sync(~0u, lane < warp ? sum : 0) + inclusive - x;
+}
+
+// The largest value that at least k keys reach, found down to bit `stop`: all bits below are zero.
+// `each` calls its argument with every key of this thread's share; keys are below 2^top. If fewer
+// than k keys exist, 0. All of the block calls it, with a histogram of zeros, and leaves it so; a
+// barrier must have passed since anybody used the scratch.
+template <int kThreads, class ForEach>
+__device__ __forceinline__ uint64_t kth_largest(ForEach each, int k, int top, int stop,
+                                                Scratch& scratch) {
+  constexpr int kOwn = kBins / kThreads;
+  uint64_t prefix = 0;
+  while (true) {
+    const int low = top - kDigitBits > stop ? top - kDigitBits : stop;
+    const int width = top - low;
+    each([&](uint64_t key, int) {
+      const uint64_t digits = key >> low;
+      if (digits >> width == prefix) {
+        atomicAdd(&scratch.histogram[digits & ((1u << width) - 1)], 1u);
+      }
+    });
+    __syncthreads();
+    // Thread 0 owns the highest bins.
+    const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
+    int own[kOwn];
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      sum += own[i] = scratch.histogram[first + i];
+      scratch.histogram[first + i] = 0;
+    }
+    int total;
+    int above = block_exclusive_sum(sum, scratch.warp_sums, total);
+    if (total < k) return 0;
+#pragma unroll
+    for (int i = kOwn - 1; i >= 0; --i) {
+      if (above < k && above + own[i] >= k) {
+        scratch.bin = first + i;
+        scratch.above = above;
+        scratch.inside = own[i];
+      }
+      above += own[i];
+    }
+    __syncthreads();
+    prefix = prefix << width | static_cast<unsigned>(scratch.bin);
+    k -= scratch.above;
+    top = low;
+    if (scratch.inside == k || top == stop) return prefix << top;
+  }
+}
+
+}  // namespace flashmla::sm90::topk
