@@ -1,5 +1,7 @@
 // What Python calls: each function unpacks tensors and launches kernels on the caller's stream.
 // Arguments were checked in flashmla/ops; what is checked again here guards memory.
+#include <climits>
+
 #include "common/ffi.h"
 #include "sm90/launch.h"
 #include "sm90/schedule.h"
@@ -7,65 +9,172 @@
 namespace flashmla {
 namespace {
 
-// cache_seqlens [b]; plan [parts, 8]; num_splits [b + 1]; all int32
-void get_metadata(TensorView cache_seqlens, TensorView plan, TensorView num_splits) {
-  require(plan.ndim() == 2 && plan.size(1) == sm90::kPlanColumns, "plan must be [parts, 8]");
+// cache_seqlens [b]; plan [parts, 8], with chunk_tiles > 0 [parts, 16]; num_splits [b + 1]; int32
+void get_metadata(TensorView cache_seqlens, TensorView plan, TensorView num_splits,
+                  int64_t chunk_tiles) {
+  require(plan.ndim() == 2 && plan.size(1) == sm90::kPlanColumns * (chunk_tiles > 0 ? 2 : 1),
+          "plan must be [parts, 8], or [parts, 16] with chunks");
   require(num_splits.size(0) == cache_seqlens.size(0) + 1, "num_splits must be [b + 1]");
   const DeviceGuard guard(cache_seqlens.device());
   sm90::launch_plan(data<int>(cache_seqlens), data<int>(plan), data<int>(num_splits),
-                    size32(cache_seqlens, 0), size32(plan, 0), guard.stream());
+                    size32(cache_seqlens, 0), size32(plan, 0), static_cast<int>(chunk_tiles),
+                    guard.stream());
 }
 
-// q [b * h_kv, rows, 576]; k_cache [pages, 64, h_kv, 576]; out [b, s_q, h_q, 512];
-// lse [b, h_q, s_q]; out_partial [slots, h_kv, rows, 512]; lse_partial [slots, h_kv, rows]
-void dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
-                  TensorView cache_seqlens, TensorView plan, TensorView num_splits, TensorView out,
-                  TensorView lse, TensorView out_partial, TensorView lse_partial,
+constexpr int kHeadDimV = 512;
+constexpr DLDataType kInt32{kDLInt, 32, 1};
+constexpr DLDataType kFloat32{kDLFloat, 32, 1};
+
+bool same(DLDataType a, DLDataType b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+// A stride that the copy engine takes: a multiple of 16 bytes, and not 0; of one entry, any.
+bool tma_stride(int64_t size, int64_t stride) {
+  return size <= 1 || (stride > 0 && stride % 8 == 0);
+}
+
+bool aligned(const TensorView& t) {
+  return reinterpret_cast<uintptr_t>(data<char>(t)) % 16 == 0;
+}
+
+// q [b, s_q, h_q, d_qk] seen as [b * h_kv, rows, d_qk], the rows that share a KV head side by side;
+// or given as that already. False if its strides do not allow it.
+bool pack_rows(const TensorView& q, sm90::DenseDecodeArgs& a) {
+  const int64_t b = a.shape.batch, s_q = a.shape.s_q, h_q = a.shape.h_q, h_kv = a.shape.h_kv;
+  if (q.ndim() == 3) {
+    if (q.size(0) != b * h_kv || q.size(1) != a.shape.rows() || q.size(2) != a.d_qk) return false;
+    a.q_stride_batch = q.stride(0);
+    a.q_stride_row = q.stride(1);
+  } else {
+    const bool heads_adjoin = s_q == 1 || h_q == 1 || q.stride(1) == h_q * q.stride(2);
+    const bool requests_adjoin = b == 1 || q.stride(0) == h_q * q.stride(2);
+    if (h_kv == 1 ? !heads_adjoin : s_q != 1 || !requests_adjoin) return false;
+    a.q_stride_row = h_q == 1 ? q.stride(1) : q.stride(2);
+    a.q_stride_batch = h_kv == 1 ? q.stride(0) : a.shape.group() * q.stride(2);
+  }
+  return tma_stride(b * h_kv, a.q_stride_batch) && tma_stride(a.shape.rows(), a.q_stride_row);
+}
+
+// What the kernel does not take about such a call; null if it takes it.
+const char* refused(int64_t page_block_size, int64_t d_qk, bool sink, bool chunked) {
+  const auto& takes = sm90::dense_decode_takes;
+  const bool known = page_block_size >= 16 && page_block_size <= 256 &&
+                     (page_block_size & (page_block_size - 1)) == 0;
+  if (page_block_size != 64 && !(takes.any_page && known)) return "the page size";
+  if (d_qk != 576 && !(takes.no_rope && d_qk == 512)) return "the head size";
+  if (sink && !takes.sink) return "attn_sink";
+  if (chunked && !takes.chunks) return "a batch-invariant plan";
+  return nullptr;
+}
+
+String dense_decode_refuses(int64_t page_block_size, int64_t d_qk, bool sink, bool chunked) {
+  const char* what = refused(page_block_size, d_qk, sink, chunked);
+  return what ? what : "";
+}
+
+// Dense decode, the tensors' checks included: false, and nothing launched, if the kernel cannot
+// take them as they are. Python then finds out what is wrong, or packs what is scattered; a call
+// with nothing wrong pays for one look at its tensors instead of two.
+//
+// q [b, s_q, h_q, d_qk], or as pack_rows() has it; k_cache [pages, page_block_size, h_kv, d_qk];
+// block_table [b, max_blocks]; cache_seqlens [b]; plan [parts, 8 or 16]; num_splits [b + 1];
+// attn_sink [h_q]; out [b, s_q, h_q, 512]; lse [b, h_q, s_q]; slots: partial results at most
+bool dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
+                  TensorView cache_seqlens, TensorView plan, TensorView num_splits,
+                  Optional<TensorView> attn_sink, TensorView out, TensorView lse, int64_t slots,
                   double softmax_scale, bool causal) {
+  const DLDevice device = q.device();
+  const auto is = [&](const TensorView& t, DLDataType dtype, int ndim) {
+    return t.ndim() == ndim && same(t.dtype(), dtype) && t.device().device_id == device.device_id &&
+           t.device().device_type == device.device_type &&
+           (t.size(ndim - 1) <= 1 || t.stride(ndim - 1) == 1);
+  };
+  const DLDataType half = q.dtype();
+  if (device.device_type != kDLCUDA || half.bits != 16 || half.lanes != 1 ||
+      (half.code != kDLBfloat && half.code != kDLFloat) || (q.ndim() != 3 && q.ndim() != 4) ||
+      !is(q, half, q.ndim()) || !is(k_cache, half, 4) || !is(block_table, kInt32, 2) ||
+      !is(cache_seqlens, kInt32, 1) || !is(plan, kInt32, 2) || !is(num_splits, kInt32, 1) ||
+      !is(out, half, 4) || !is(lse, kFloat32, 3) ||
+      (attn_sink.has_value() && !is(*attn_sink, kFloat32, 1))) {
+    return false;
+  }
+
   sm90::DenseDecodeArgs a;
   a.shape.batch = size32(out, 0);
   a.shape.s_q = size32(out, 1);
   a.shape.h_q = size32(out, 2);
   a.shape.h_kv = size32(k_cache, 2);
   a.shape.parts = size32(plan, 0);
-  require(q.ndim() == 3 && q.size(0) == static_cast<int64_t>(a.shape.batch) * a.shape.h_kv &&
-              q.size(1) == a.shape.rows() && q.size(2) == 576,
-          "q must be [b * h_kv, s_q * h_q / h_kv, 576]");
-  require(k_cache.size(1) == 64 && k_cache.size(3) == 576,
-          "k_cache must be [pages, 64, h_kv, 576]");
-  require(num_splits.size(0) == a.shape.batch + 1 && plan.size(1) == sm90::kPlanColumns,
-          "the plan is of another batch size");
-  require(out_partial.size(0) >= a.shape.batch + a.shape.parts,
-          "too few slots for partial results");
-  require(a.shape.parts <= sm90::kMaxParts, "a plan may have at most 1024 parts");
-  if (a.shape.batch == 0 || a.shape.rows() == 0) return;
+  a.d_qk = size32(q, q.ndim() - 1);
+  a.pages = size32(k_cache, 0);
+  a.page_block_size = size32(k_cache, 1);
+  a.plan_stride = size32(plan, 1) / sm90::kPlanColumns;
+  const int64_t b = a.shape.batch, page = a.page_block_size, h_kv = a.shape.h_kv;
+  const bool chunked = a.plan_stride == 2;
+  if (b == 0 || a.shape.s_q == 0 || h_kv == 0 || a.shape.h_q == 0 || a.shape.h_q % h_kv != 0 ||
+      (q.ndim() == 4 && (q.size(0) != b || q.size(1) != a.shape.s_q || q.size(2) != a.shape.h_q)) ||
+      !pack_rows(q, a) || !aligned(q) || out.size(3) != kHeadDimV || !out.IsContiguous() ||
+      lse.size(0) != b || lse.size(1) != a.shape.h_q || lse.size(2) != a.shape.s_q ||
+      !lse.IsContiguous()) {
+    return false;
+  }
+  // Within a page tokens and heads are packed; the stride between pages is free.
+  if (k_cache.size(3) != a.d_qk || a.pages == 0 || page == 0 || !aligned(k_cache) ||
+      (page > 1 && k_cache.stride(1) != h_kv * a.d_qk) ||
+      (h_kv > 1 && k_cache.stride(2) != a.d_qk) || !tma_stride(a.pages, k_cache.stride(0))) {
+    return false;
+  }
+  if (block_table.size(0) != b || cache_seqlens.size(0) != b || num_splits.size(0) != b + 1 ||
+      plan.size(1) != a.plan_stride * sm90::kPlanColumns || a.plan_stride < 1 ||
+      a.plan_stride > 2 || a.shape.parts < 1 || a.shape.parts > sm90::kMaxParts || !aligned(plan) ||
+      !plan.IsContiguous() || (attn_sink.has_value() && (*attn_sink).size(0) != a.shape.h_q)) {
+    return false;
+  }
+
+  if (refused(page, a.d_qk, attn_sink.has_value(), chunked)) return false;
+
   a.is_bf16 = is_bf16(q);
   a.causal = causal;
   a.softmax_scale = static_cast<float>(softmax_scale);
   a.q = data<void>(q);
-  a.q_stride_batch = q.stride(0);
-  a.q_stride_row = q.stride(1);
   a.k_cache = data<void>(k_cache);
-  a.pages = size32(k_cache, 0);
   a.k_stride_page = k_cache.stride(0);
-  a.k_stride_token = k_cache.stride(1);
-  a.k_stride_head = k_cache.stride(2);
+  a.k_stride_token = h_kv * a.d_qk;
+  a.k_stride_head = a.d_qk;
   a.block_table = data<int>(block_table);
   a.block_table_stride = block_table.stride(0);
   a.max_blocks = size32(block_table, 1);
   a.cache_seqlens = data<int>(cache_seqlens);
   a.plan = data<int>(plan);
   a.num_splits = data<int>(num_splits);
+  a.attn_sink = attn_sink.has_value() ? data<float>(*attn_sink) : nullptr;
   a.out = data<void>(out);
   a.lse = data<float>(lse);
-  a.partials = {data<float>(out_partial), data<float>(lse_partial), size32(out_partial, 0)};
 
-  const DeviceGuard guard(q.device());
-  sm90::launch_dense_decode(a, guard.stream());
-  if (a.shape.parts > 1) {
-    const sm90::CombineArgs c{a.shape, a.is_bf16, a.partials, a.plan, a.num_splits, a.out, a.lse};
-    sm90::launch_combine(c, guard.stream());
+  // A plan of one part splits nothing. Memory for partial results comes from the caller's allocator
+  // and goes back to it at the end, on the caller's stream: torch would take longer from Python.
+  const bool splits = a.shape.parts > 1 || chunked;
+  a.partials = {};
+  Optional<Tensor> workspace;
+  if (splits) {
+    require(slots >= (chunked ? b : b + a.shape.parts) && slots <= INT_MAX, "wrong slots");
+    const int64_t rows = slots * h_kv * a.shape.rows();
+    const int64_t shape[2] = {rows, kHeadDimV + 1};
+    workspace =
+        Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, tvm::ffi::ShapeView(shape, 2), kFloat32, device);
+    float* const partial_out = static_cast<float*>((*workspace).data_ptr());
+    a.partials = {partial_out, partial_out + rows * kHeadDimV, static_cast<int>(slots)};
   }
+
+  const DeviceGuard guard(device);
+  sm90::launch_dense_decode(a, guard.stream());
+  if (splits) {
+    sm90::launch_combine({a.shape, a.is_bf16, a.partials, a.plan, a.plan_stride, a.num_splits,
+                          a.attn_sink, a.out, a.lse},
+                         guard.stream());
+  }
+  return true;
 }
 
 // out_* [rows, d]; lse_* [rows] float32
@@ -88,6 +197,7 @@ void merge_state(TensorView out_a, TensorView lse_a, TensorView out_b, TensorVie
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(get_metadata, get_metadata);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dense_decode, dense_decode);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(dense_decode_refuses, dense_decode_refuses);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(merge_state, merge_state);
 
 }  // namespace flashmla

@@ -12,6 +12,13 @@ cut to the nearest start of a request leaves the longest part at most SLACK plac
 equal share, the plan does that instead, and no request is split.
 
 Tiles have 64 tokens whatever the page size of the cache.
+
+A **batch-invariant** plan gives a request the same bits whatever shares the batch with it. Where
+floating-point sums are cut decides their bits, so here that follows from the request's own length:
+it is cut into chunks of CHUNK tiles, each of which is a partial result of its own whoever computes
+it, and these are merged in an order that depends on their number alone. The line is made of chunks,
+each with an OVERHEAD, and every cut moves to the nearest start of a chunk. What it costs: partial
+results of every request longer than a chunk, and room for as many as the block table could need.
 """
 
 from __future__ import annotations
@@ -21,7 +28,19 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CPU_NUM_SMS", "METADATA_COLUMNS", "OVERHEAD", "SLACK", "TILE", "num_parts", "plan"]
+__all__ = [
+    "CHUNK",
+    "CPU_NUM_SMS",
+    "MAX_PARTS",
+    "METADATA_COLUMNS",
+    "OVERHEAD",
+    "SLACK",
+    "TILE",
+    "max_slots",
+    "metadata_columns",
+    "num_parts",
+    "plan",
+]
 
 TILE = 64
 """Tokens in a tile."""
@@ -35,8 +54,16 @@ SLACK = 2 * OVERHEAD
 CPU_NUM_SMS = 132
 """Streaming multiprocessors assumed for CPU tensors: an H100's, so that plans look the same."""
 
+CHUNK = 16
+"""Tiles in a chunk of a batch-invariant plan: 1024 tokens."""
+
+MAX_PARTS = 1024
+"""Parts of a plan at most: more than any card has SMs, and what the kernels have room for."""
+
 METADATA_COLUMNS = 8
-"""begin_request, begin_tile, end_request, end_tile, begin_split and three zeros."""
+"""begin_request, begin_tile, end_request, end_tile, begin_split, chunk (0 unless the plan is
+batch-invariant) and two zeros. A batch-invariant plan has eight more, all zero: its shape says what
+it is, and goes on saying so in copies."""
 
 _ROWS_PER_PART = 64  # query rows that one thread block serves
 
@@ -56,22 +83,50 @@ def num_parts(num_q_tokens_per_head_k: int, num_heads_k: int, num_sms: int = CPU
     return max(1, num_sms // (num_heads_k * row_blocks))
 
 
+def metadata_columns(batch_invariant: bool) -> int:
+    """The width of a plan's first tensor, by which its two kinds are told apart."""
+    return METADATA_COLUMNS * (2 if batch_invariant else 1)
+
+
+def max_slots(metadata_shape: Sequence[int], batch: int, max_tokens: int) -> int:
+    """The most partial results that a plan can have, from what the host knows.
+
+    Args:
+        metadata_shape: of tile_scheduler_metadata, [parts, columns].
+        batch: b.
+        max_tokens: the longest length that the block table has room for.
+
+    Returns:
+        b + parts, since a cut adds one piece at most; of a batch-invariant plan
+        b * max(1, ceil(max_tokens / (TILE * CHUNK))).
+    """
+    parts, columns = metadata_shape
+    if columns == METADATA_COLUMNS:
+        return batch + parts
+    return batch * max(1, -(-max_tokens // (TILE * CHUNK)))
+
+
 def plan(
-    cache_seqlens: Sequence[int] | npt.NDArray[np.integer], parts: int
+    cache_seqlens: Sequence[int] | npt.NDArray[np.integer],
+    parts: int,
+    batch_invariant: bool = False,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """The split plan in closed form.
 
     Args:
         cache_seqlens: [b] tokens of each request; below zero counts as zero.
         parts: how many pieces to cut the work into, at least 1.
+        batch_invariant: cut each request by its own length only.
 
     Returns:
         (tile_scheduler_metadata, num_splits), both int32. Row p of the [parts, 8] metadata is
-        begin_request, begin_tile, end_request, end_tile, begin_split, 0, 0, 0: part p does the
+        begin_request, begin_tile, end_request, end_tile, begin_split, chunk, 0, 0: part p does the
         half-open lexicographic range of (request, tile) from its begin to its end; end_tile 0 means
         that end_request is not touched, begin == end that the part is empty, and begin_split is
-        how many earlier parts hold tiles of begin_request. num_splits [b + 1] holds prefix sums,
-        from 0, of the number of parts that hold tiles of each request (1 for an empty request).
+        the number of partial results of begin_request before the part's first one. num_splits
+        [b + 1] holds prefix sums, from 0, of each request's partial results (1 for an empty
+        request): without ``batch_invariant`` the parts that hold tiles of it, and chunk is 0; with
+        it the chunks of ``chunk`` tiles that it has, and the metadata is [parts, 16].
 
     Raises:
         ValueError: parts below 1, or cache_seqlens not of one dimension.
@@ -81,13 +136,16 @@ def plan(
         raise ValueError(f"cache_seqlens must have shape [b], got shape {list(seqlens.shape)}")
     if parts < 1:
         raise ValueError(f"parts must be at least 1, got {parts}")
-    metadata = np.zeros((parts, METADATA_COLUMNS), dtype=np.int32)
+    metadata = np.zeros((parts, metadata_columns(batch_invariant)), dtype=np.int32)
     num_splits = np.zeros(len(seqlens) + 1, dtype=np.int32)
+    if batch_invariant:
+        metadata[:, 5] = CHUNK
     if len(seqlens) == 0:
         return metadata, num_splits
 
     tiles = (np.maximum(seqlens, 0) + TILE - 1) // TILE
-    ends = np.cumsum(OVERHEAD + tiles)
+    chunks = np.maximum(1, -(-tiles // CHUNK)) if batch_invariant else np.ones_like(tiles)
+    ends = np.cumsum(OVERHEAD * chunks + tiles)
     starts = np.concatenate([[0], ends])  # C_0 .. C_b
     total = int(ends[-1])
     active = min(parts, total)
@@ -97,22 +155,31 @@ def plan(
     position = np.where(part < active, part * total // active, total)
     request = np.searchsorted(starts, position, side="right") - 1
     before, after = starts[request], starts[np.minimum(request + 1, len(seqlens))]
+    if batch_invariant:
+        before = before + (position - before) // (OVERHEAD + CHUNK) * (OVERHEAD + CHUNK)
+        after = np.minimum(after, before + OVERHEAD + CHUNK)
     nearest = np.where(after - position < position - before, after, before)
-    whole = np.diff(nearest).max() <= -(-total // active) + SLACK
-    if whole:
+    whole = not batch_invariant and np.diff(nearest).max() <= -(-total // active) + SLACK
+    if whole or batch_invariant:
         position = nearest
         request = np.searchsorted(starts, position, side="right") - 1
     tile = np.maximum(0, position - starts[request] - OVERHEAD)
+    if batch_invariant:
+        tile = (position - starts[request]) // (OVERHEAD + CHUNK) * CHUNK
+    metadata[:, 0], metadata[:, 1] = request[:-1], tile[:-1]
+    metadata[:, 2], metadata[:, 3] = request[1:], tile[1:]
+
+    if whole or batch_invariant:
+        num_splits[1:] = np.cumsum(chunks)
+        metadata[:, 4] = tile[:-1] // CHUNK
+        return metadata, num_splits
 
     def last_part_at_or_before(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return np.minimum(active - 1, ((place + 1) * active - 1) // total)
 
     first = last_part_at_or_before(starts[:-1] + OVERHEAD)  # the part that holds tile 0
     last = last_part_at_or_before(starts[1:] - 1)
-    num_splits[1:] = np.cumsum(np.ones_like(first) if whole else np.maximum(1, last - first + 1))
-
-    metadata[:, 0], metadata[:, 1] = request[:-1], tile[:-1]
-    metadata[:, 2], metadata[:, 3] = request[1:], tile[1:]
+    num_splits[1:] = np.cumsum(np.maximum(1, last - first + 1))
     inside = tile[:-1] > 0
     metadata[inside, 4] = part[:-1][inside] - first[request[:-1][inside]]
     return metadata, num_splits

@@ -100,6 +100,7 @@ class DecodeCase:
     softmax_scale: float | None = None
     shared_prefix_pages: int = 0  # full pages that all long enough requests have in common
     unused_blocks: int = 5
+    sink: bool = False
     strided: bool = True  # q and the cache are slices of larger tensors full of NaN
     seed: int = 0
 
@@ -134,7 +135,15 @@ class DecodeCase:
             k_cache=moved(cache, device),
             block_table=table.to(device),
             cache_seqlens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
+            attn_sink=self._sink(g).to(device) if self.sink else None,
         )
+
+    def _sink(self, g: torch.Generator) -> torch.Tensor:
+        """Sinks about as heavy as the keys, two of them without end."""
+        sink = torch.randn(self.h_q, generator=g) * 2 + 4
+        for head, value in ((1, float("inf")), (2, float("-inf"))):
+            sink[head : head + 1] = value
+        return sink
 
     def _block_table(self, g: torch.Generator) -> tuple[torch.Tensor, int]:
         """Scattered block numbers, WILD behind each length, and how many blocks the cache has."""
@@ -163,16 +172,18 @@ class DecodeInputs:
     k_cache: torch.Tensor  # [blocks, page, h_kv, d_qk], free stride between pages
     block_table: torch.Tensor  # int32 [b, max_blocks]
     cache_seqlens: torch.Tensor  # int32 [b]
+    attn_sink: torch.Tensor | None = None  # float32 [h_q]
 
     @property
     def scale(self) -> float:
         return self.case.scale
 
-    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+    def expected(self, sink: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """out float64 [b, s_q, h_q, d_v], lse float64 [b, h_q, s_q]."""
         return paged_kv.paged_decode(
             to_numpy(self.q), to_numpy(self.k_cache), to_numpy(self.block_table),
             to_numpy(self.cache_seqlens), self.case.d_v, self.scale, self.case.causal,
+            to_numpy(self.attn_sink) if sink else None,
         )  # fmt: skip
 
 
@@ -200,6 +211,15 @@ DECODE_CASES: tuple[DecodeCase, ...] = (
     DecodeCase("one_long", (2500,), h_q=8, seed=18),
     DecodeCase("one_long_among_short", (3, 2000, 0, 65), h_q=8, s_q=2, causal=True, seed=19),
     DecodeCase("many_short", tuple(i % 70 for i in range(150)), h_q=2, seed=20),
+    DecodeCase("sink", s_q=2, sink=True, causal=True, seed=25),
+    DecodeCase(
+        "sink_over_empty_rows", (0, 1, 2, 70), s_q=3, h_q=4, sink=True, causal=True, seed=26
+    ),
+    DecodeCase("sink_split", (3, 2600), h_q=8, sink=True, seed=27),
+    DecodeCase("no_rope", d_qk=512, s_q=2, causal=True, seed=28),
+    DecodeCase(
+        "no_rope_fp16_sink", (65, 0, 1100), h_q=8, d_qk=512, sink=True, dtype=_HALF, seed=29
+    ),
     DecodeCase("page_16", page=16, seed=21),
     DecodeCase("page_48", (0, 47, 48, 49, 150), page=48, s_q=2, causal=True, seed=22),
     DecodeCase("page_128", (0, 127, 128, 300), page=128, seed=23),

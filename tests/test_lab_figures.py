@@ -32,7 +32,7 @@ def test_segments_are_the_work_that_the_oracle_finds_in_the_plan(lengths, parts)
     want = [
         (part, request, first, last)
         for part, row in enumerate(metadata)
-        for request, (first, last) in split_kv.work_of(row, lengths).items()
+        for request, first, last in split_kv.work_of(row, lengths)
     ]
     assert found == want
 

@@ -57,7 +57,10 @@ def test_arguments_stand_in_flashmlas_order():
         "extra_indices_in_kvcache topk_length extra_topk_length"
     )
     assert " ".join(inspect.signature(flashmla.flash_mla_with_kvcache).parameters) == want
-    want = "cache_seqlens num_q_tokens_per_head_k num_heads_k num_heads_q is_fp8_kvcache topk out"
+    want = (
+        "cache_seqlens num_q_tokens_per_head_k num_heads_k num_heads_q is_fp8_kvcache topk "
+        "batch_invariant out"
+    )
     assert " ".join(inspect.signature(flashmla.get_mla_metadata).parameters) == want
 
 
@@ -139,8 +142,8 @@ BAD_DENSE = [
     ({"q": lambda x: x.q[0]}, ValueError, r"q must have 4 dimensions \[b, s_q, h_q, 576], got 3"),
     ({"q": lambda x: x.q.double()}, TypeError,
      "q must be of dtype bfloat16 or float16 or float32, got float64"),
-    ({"q": lambda x: x.q[..., :512]}, ValueError,
-     "q must have head size 576, the only one supported, got 512"),
+    ({"q": lambda x: x.q[..., :448]}, ValueError,
+     "q must have head size 576 or 512, got 448"),
     ({"q": lambda x: x.q.contiguous().mT.contiguous().mT}, ValueError,
      "q must be contiguous in its last dimension .* call .contiguous"),
     ({"q": lambda x: x.q[:, :0]}, ValueError, "q must have at least one token and one head"),
@@ -198,7 +201,13 @@ BAD_DENSE = [
     ({"softmax_scale": torch.tensor(1.0)}, TypeError, "softmax_scale must be a number, got Tensor"),
     ({"causal": 1}, TypeError, "causal must be True or False, got int 1"),
     ({"is_fp8_kvcache": True}, ValueError, "is_fp8_kvcache=True needs indices"),
-    ({"attn_sink": torch.zeros(4)}, ValueError, "attn_sink must be None without indices"),
+    ({"attn_sink": torch.zeros(5)}, ValueError,
+     r"attn_sink must have shape \[h_q] = \[4], got \[5]"),
+    ({"attn_sink": torch.zeros(4).half()}, TypeError,
+     "attn_sink must be of dtype float32, got float16"),
+    ({"attn_sink": torch.zeros(4).to("meta")}, ValueError, "attn_sink must be on cpu, .* got meta"),
+    ({"attn_sink": torch.zeros(8)[::2]}, ValueError, "attn_sink must be contiguous in its last"),
+    ({"attn_sink": 1.0}, TypeError, r"attn_sink must be a torch.Tensor \[h_q], got float"),
     ({"topk_length": torch.zeros(2).int()}, ValueError, "topk_length must be None without indices"),
     ({"extra_k_cache": torch.zeros(1)}, NotImplementedError, "extra_k_cache must be None"),
     ({"extra_topk_length": torch.zeros(1)}, NotImplementedError, "extra_topk_length must be None"),
@@ -378,7 +387,7 @@ def test_a_call_that_fails_leaves_the_plan_free(monkeypatch):
         )  # fmt: skip
     monkeypatch.delenv("FLASHMLA_CHECK")
 
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:

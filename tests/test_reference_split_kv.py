@@ -96,8 +96,8 @@ def test_every_tile_is_done_once_in_order_and_nobody_does_much_more_than_a_share
     done, touched, writers = [], [], np.zeros(len(seqlens), int)
     for row in metadata:
         work = split_kv.work_of(row, seqlens)
-        touched += work
-        for request, (first, end) in work.items():
+        touched += [request for request, _, _ in work]
+        for request, first, end in work:
             done += [(request, tile) for tile in range(first, end)]
             writers[request] += 1
     tiles = [-(-seqlen // TILE) for seqlen in seqlens]
@@ -108,8 +108,8 @@ def test_every_tile_is_done_once_in_order_and_nobody_does_much_more_than_a_share
     line = sum(tiles) + OVERHEAD * len(seqlens)
     share = -(-line // min(parts, line))
     for row in metadata:
-        work = split_kv.work_of(row, seqlens).values()
-        assert sum(end - first for first, end in work) <= share + split_kv.SLACK
+        work = split_kv.work_of(row, seqlens)
+        assert sum(end - first for _, first, end in work) <= share + split_kv.SLACK
 
 
 @given(SEQLENS, st.integers(1, 140))
@@ -118,7 +118,7 @@ def test_begin_split_numbers_the_parts_of_a_request(seqlens, parts):
     metadata, num_splits = split_kv.plan_slow(seqlens, parts)
     seen = np.zeros(len(seqlens), int)
     for row in metadata:
-        for request, (first, _) in split_kv.work_of(row, seqlens).items():
+        for request, first, _ in split_kv.work_of(row, seqlens):
             if request == row[0]:
                 assert row[4] == (seen[request] if first > 0 else 0) == seen[request]
             else:
@@ -134,6 +134,42 @@ def test_a_part_begins_where_the_one_before_ended(seqlens, parts):
     assert metadata[0, :2].tolist() == [0, 0]
     assert metadata[-1, 2:4].tolist() == [len(seqlens), 0]
     np.testing.assert_array_equal(metadata[1:, :2], metadata[:-1, 2:4])
+
+
+@given(SEQLENS, st.integers(1, 140))
+@settings(max_examples=150, deadline=None)
+@example([0], 1)
+@example([64 * 16 * 40], 132)
+@example([1024, 1025, 0, 1023], 3)
+def test_a_batch_invariant_plan_cuts_each_request_by_its_own_length(seqlens, parts):
+    metadata, num_splits = split_kv.plan_slow(seqlens, parts, batch_invariant=True)
+    assert metadata.shape == (parts, 16) and metadata.dtype == num_splits.dtype == np.int32
+    assert (metadata[:, 5] == split_kv.CHUNK).all() and not metadata[:, 6:].any()
+    work = [piece for row in metadata for piece in split_kv.work_of(row, seqlens)]
+    alone = []
+    for request, seqlen in enumerate(seqlens):
+        (row,), _ = split_kv.plan_slow([seqlen], 1, batch_invariant=True)
+        alone += [(request, first, end) for _, first, end in split_kv.work_of(row, [seqlen])]
+    assert work == alone
+    chunks = [request for request, _, _ in work]
+    np.testing.assert_array_equal(np.diff(num_splits), np.bincount(chunks, minlength=len(seqlens)))
+    for row in metadata:  # the first piece's number among its request's
+        if split_kv.work_of(row, seqlens):
+            request, first, _ = split_kv.work_of(row, seqlens)[0]
+            assert row[4] == first // split_kv.CHUNK and row[0] == request
+    line = sum(OVERHEAD * max(1, -(-s // 1024)) + -(-s // TILE) for s in seqlens)
+    for row in metadata:
+        own = sum(OVERHEAD + end - first for _, first, end in split_kv.work_of(row, seqlens))
+        assert own <= -(-line // min(parts, line)) + OVERHEAD + split_kv.CHUNK
+
+
+def test_a_batch_invariant_plan_by_hand():
+    # Chunks of 16, 16 and 8 tiles, none, and 3: places 0 to 20, 21 to 41, 42 to 54, 55 to 59 and 60
+    # to 67. Cuts at 0, 17, 34 and 51 of 68 move to the nearest starts: 0, 21, 42, and 55, not 42.
+    metadata, num_splits = split_kv.plan_slow([2560, 0, 130], 4, batch_invariant=True)
+    rows = [[0, 0, 0, 16, 0], [0, 16, 0, 32, 1], [0, 32, 1, 0, 2], [1, 0, 3, 0, 0]]
+    assert metadata[:, :5].tolist() == rows
+    assert num_splits.tolist() == [0, 3, 4, 5]
 
 
 def test_a_plan_by_hand():
@@ -178,7 +214,8 @@ def test_split_decode_equals_paged_decode(case, parts):
     arrays = [
         to_numpy(x) for x in (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens)
     ]
-    metadata, _ = split_kv.plan_slow(case.lengths, parts)
-    got = split_kv.split_decode(*arrays, metadata, case.d_v, case.scale, case.causal)
-    for x, y in zip(got, inputs.expected(), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12)
+    for batch_invariant in (False, True):
+        metadata, _ = split_kv.plan_slow(case.lengths, parts, batch_invariant)
+        got = split_kv.split_decode(*arrays, metadata, case.d_v, case.scale, case.causal)
+        for x, y in zip(got, inputs.expected(sink=False), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12)

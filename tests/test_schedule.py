@@ -27,28 +27,33 @@ LENGTHS = [
 PARTS = [1, 2, 3, 7, 66, 132]
 
 
+BOTH_KINDS = pytest.mark.parametrize("batch_invariant", [False, True])
+
+
+@BOTH_KINDS
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("seqlens", LENGTHS, ids=lambda x: f"b{len(x)}_{sum(x)}")
-def test_closed_form_is_the_definition(seqlens, parts):
-    metadata, num_splits = schedule.plan(seqlens, parts)
-    slow_metadata, slow_splits = plan_slow(seqlens, parts)
+def test_closed_form_is_the_definition(seqlens, parts, batch_invariant):
+    metadata, num_splits = schedule.plan(seqlens, parts, batch_invariant)
+    slow_metadata, slow_splits = plan_slow(seqlens, parts, batch_invariant)
     np.testing.assert_array_equal(metadata, slow_metadata)
     np.testing.assert_array_equal(num_splits, slow_splits)
     assert metadata.dtype == num_splits.dtype == np.int32
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(1, 140))
-def test_closed_form_is_the_definition_for_any_lengths(seqlens, parts):
-    for fast, slow in zip(schedule.plan(seqlens, parts), plan_slow(seqlens, parts), strict=True):
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(1, 140), st.booleans())
+def test_closed_form_is_the_definition_for_any_lengths(seqlens, parts, batch_invariant):
+    plans = (make(seqlens, parts, batch_invariant) for make in (schedule.plan, plan_slow))
+    for fast, slow in zip(*plans, strict=True):
         np.testing.assert_array_equal(fast, slow)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(-3, 9000), min_size=1, max_size=40), st.integers(1, 140))
-def test_torch_makes_the_same_plan(seqlens, parts):
-    made = get_metadata(torch.tensor(seqlens, dtype=torch.int32), parts)
-    for tensor, array in zip(made, schedule.plan(seqlens, parts), strict=True):
+@given(st.lists(st.integers(-3, 9000), min_size=1, max_size=40), st.integers(1, 140), st.booleans())
+def test_torch_makes_the_same_plan(seqlens, parts, batch_invariant):
+    made = get_metadata(torch.tensor(seqlens, dtype=torch.int32), parts, batch_invariant)
+    for tensor, array in zip(made, schedule.plan(seqlens, parts, batch_invariant), strict=True):
         assert tensor.dtype == torch.int32
         np.testing.assert_array_equal(tensor.numpy(), array)
 
@@ -91,6 +96,17 @@ def test_no_overflow_of_32_bits():
     np.testing.assert_array_equal(made[1].numpy(), num_splits)
     assert (np.diff(metadata[:, 0]) >= 0).all() and metadata[-1, 0] == 69
     assert tuple(metadata[-1, 2:4]) == (70, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 9000), min_size=1, max_size=40), st.integers(1, 140))
+def test_a_plan_has_no_more_results_than_there_is_room_for(seqlens, parts):
+    for batch_invariant in (False, True):
+        metadata, num_splits = schedule.plan(seqlens, parts, batch_invariant)
+        room = schedule.max_slots(metadata.shape, len(seqlens), max(seqlens))
+        assert num_splits[-1] <= room
+        if batch_invariant and len(set(seqlens)) == 1:
+            assert num_splits[-1] == room
 
 
 def test_empty_batch():

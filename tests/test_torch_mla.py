@@ -15,19 +15,20 @@ from flashmla.lab.check import assert_identical, assert_lse_close, assert_out_cl
 from flashmla.torch import mla, split_kv
 
 
-def decode(inputs, parts):
+def decode(inputs, parts, batch_invariant=False):
     case = inputs.case
-    plan = split_kv.get_metadata(inputs.cache_seqlens, parts)
+    plan = split_kv.get_metadata(inputs.cache_seqlens, parts, batch_invariant)
     return mla.dense_decode(
         inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, *plan,
-        case.scale, case.causal,
+        case.scale, case.causal, inputs.attn_sink,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("case", DECODE_CASES, ids=case_id)
-def test_against_the_oracle(case):
+def test_against_the_oracle(case, batch_invariant):
     inputs = case.build()
-    out, lse = decode(inputs, 132)
+    out, lse = decode(inputs, 132, batch_invariant)
     want_out, want_lse = inputs.expected()
     assert out.dtype == case.dtype and out.is_contiguous() and lse.is_contiguous()
     assert_out_close(out, want_out)

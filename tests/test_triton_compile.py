@@ -12,10 +12,13 @@ from flashmla.lab import source  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-DECODE = {"PAGE": 64, "TILE": 64, "D_V": 512, "D_ROPE": 64, "CAUSAL": True, "UPCAST": False}
+DECODE = {
+    "PAGE": 64, "TILE": 64, "D_V": 512, "D_ROPE": 64, "CAUSAL": True, "UPCAST": False,
+    "HAS_SINK": True, "PLAN_COLUMNS": 8,
+}  # fmt: skip
 PREFILL = {"D_MAIN": 128, "D_REST": 64, "D_V": 128, "CAUSAL": True, "UPCAST": False}
 PACK = {"POWER_OF_TWO": False}
-PLAN = {"OVERHEAD": schedule.OVERHEAD}
+PLAN = {"OVERHEAD": schedule.OVERHEAD, "CHUNK": 0}
 PLAN_PARTS = PLAN | {"SLACK": schedule.SLACK, "SEARCH_STEPS": 8, "BLOCK": 128}
 
 KERNELS = [
@@ -26,7 +29,8 @@ KERNELS = [
     Kernel("plan_starts", "split_kv", "plan_starts_kernel", PLAN | {"TILE": 64, "BLOCK": 1024}),
     Kernel("plan_parts", "split_kv", "plan_parts_kernel", PLAN_PARTS),
     Kernel("plan_splits", "split_kv", "plan_splits_kernel", PLAN | {"BLOCK": 1024}),
-    Kernel("combine", "split_kv", "combine_kernel", {"D": 512}),
+    Kernel("plan_parts_chunks", "split_kv", "plan_parts_kernel", PLAN_PARTS | {"CHUNK": 16}),
+    Kernel("combine", "split_kv", "combine_kernel", {"D": 512, "HAS_SINK": True}),
     Kernel("merge_state", "split_kv", "merge_state_kernel", {"D": 512, "ROWS": 4}),
     Kernel("fp8_pack", "fp8", "pack_kernel", PACK | {"HAS_SLOTS": False}),
     Kernel("fp8_append", "fp8", "pack_kernel", PACK | {"HAS_SLOTS": True}),

@@ -22,6 +22,14 @@ def test_decode_matches_the_oracle(case):
     interpreted(check_decode, case)
 
 
+CHUNKED = [c for c in DECODE_CASES if c.name in ("causal", "one_long_among_short", "sink_split")]
+
+
+@pytest.mark.parametrize("case", CHUNKED, ids=case_id)
+def test_decode_with_a_batch_invariant_plan_matches_the_oracle(case):
+    interpreted(check_decode, case, "cpu", 5, True)
+
+
 @pytest.mark.parametrize("case", SMALL_HEADS, ids=case_id)
 def test_decode_takes_small_heads(case):
     interpreted(check_decode, case)

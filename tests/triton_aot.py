@@ -10,7 +10,7 @@ from typing import Any
 FLOAT = "float"
 POINTERS = {
     FLOAT: ("q", "k", "v", "k_cache", "out", "out_a", "out_b", "x"),
-    "fp32": ("lse", "out_partial", "lse_partial", "lse_a", "lse_b", "values"),
+    "fp32": ("attn_sink", "lse", "out_partial", "lse_partial", "lse_a", "lse_b", "values"),
     "i32": (
         "cu_seqlens_qo", "cu_seqlens_kv", "block_table", "cache_seqlens",
         "tile_scheduler_metadata", "num_splits", "stays_whole", "slots", "scales",

@@ -20,7 +20,9 @@ from flashmla.reference import split_kv as reference_split_kv
 INF = float("inf")
 
 
-def check_decode(case: DecodeCase, device: str = "cpu", parts: int | None = None) -> None:
+def check_decode(
+    case: DecodeCase, device: str = "cpu", parts: int | None = None, batch_invariant: bool = False
+) -> None:
     """Plan, decode and combine of one case; the plan has as many parts as a full H100 gives it
     unless `parts` says otherwise."""
     from flashmla.triton import mla, split_kv
@@ -28,9 +30,10 @@ def check_decode(case: DecodeCase, device: str = "cpu", parts: int | None = None
     x = case.build(device)
     group = case.h_q // case.h_kv
     parts = parts or schedule.num_parts(case.s_q * group, case.h_kv)
-    plan = split_kv.get_metadata(x.cache_seqlens, parts)
+    plan = split_kv.get_metadata(x.cache_seqlens, parts, batch_invariant)
     arguments = (
         x.q, x.k_cache, x.block_table, x.cache_seqlens, case.d_v, *plan, x.scale, case.causal,
+        x.attn_sink,
     )  # fmt: skip
     assert mla.supports_dense_decode(*arguments) == ""
     out, lse = mla.dense_decode(*arguments)
@@ -101,23 +104,28 @@ def check_prefill(case: PrefillCase, device: str = "cpu") -> None:
 
 
 def check_plan(seqlens: list[int], parts: int, device: str = "cpu") -> None:
-    """The plan from the device equals the oracle's, which walks the line, and the Python one; a
+    """Both kinds of plan from the device equal the oracle's, which walks the line, and Python's; a
     second plan is written into the first one's tensors."""
+    for batch_invariant in (False, True):
+        _check_plan(seqlens, parts, batch_invariant, device)
+
+
+def _check_plan(seqlens: list[int], parts: int, batch_invariant: bool, device: str) -> None:
     from flashmla.triton import split_kv
 
     lengths = torch.tensor(seqlens, dtype=torch.int32, device=device)
     # Stale memory must not shine through: what is not written stays wrong.
     out = (
-        torch.full((parts, 8), -7, dtype=torch.int32, device=device),
+        torch.full((parts, 16 if batch_invariant else 8), -7, dtype=torch.int32, device=device),
         torch.full((len(seqlens) + 1,), -7, dtype=torch.int32, device=device),
     )
     pointers = [tensor.data_ptr() for tensor in out]
-    result = split_kv.get_metadata(lengths, parts, out)
+    result = split_kv.get_metadata(lengths, parts, batch_invariant, out)
     assert [tensor.data_ptr() for tensor in result] == pointers
-    fresh = split_kv.get_metadata(lengths, parts)
-    wanted = [schedule.plan(seqlens, parts)]
+    fresh = split_kv.get_metadata(lengths, parts, batch_invariant)
+    wanted = [schedule.plan(seqlens, parts, batch_invariant)]
     if max(seqlens, default=0) < 10_000:  # the oracle counts tile by tile
-        wanted.append(reference_split_kv.plan_slow(seqlens, parts))
+        wanted.append(reference_split_kv.plan_slow(seqlens, parts, batch_invariant))
     for want in wanted:
         for got in (result, fresh):
             np.testing.assert_array_equal(got[0].cpu().numpy(), want[0])

@@ -12,6 +12,9 @@
 
 namespace flashmla {
 
+using tvm::ffi::Optional;
+using tvm::ffi::String;
+using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
 // Makes the tensors' device current for the launch, and the caller's again afterwards.

@@ -13,9 +13,10 @@
 
 namespace flashmla::sm90 {
 
-// cache_seqlens [batch]; plan [parts, 8]; num_splits [batch + 1].
+// cache_seqlens [batch]; plan [parts, 8], or with chunk_tiles > 0, which makes a batch-invariant
+// plan of chunks of so many tiles, [parts, 16]; num_splits [batch + 1].
 void launch_plan(const int* cache_seqlens, int* plan, int* num_splits, int batch, int parts,
-                 cudaStream_t stream);
+                 int chunk_tiles, cudaStream_t stream);
 
 // The rows of one request and KV head are packed: row = s * group + h, group = h_q / h_kv.
 struct DecodeShape {
@@ -41,21 +42,34 @@ struct DenseDecodeArgs {
   bool is_bf16;
   bool causal;
   float softmax_scale;
-  const void* q;  // [batch * h_kv, rows, 576]
+  int d_qk;       // 576, or 512 where keys have no RoPE part
+  const void* q;  // [batch * h_kv, rows, d_qk]
   int64_t q_stride_batch, q_stride_row;
-  const void* k_cache;  // [pages, 64, h_kv, 576]
+  const void* k_cache;  // [pages, page_block_size, h_kv, d_qk]
   int64_t k_stride_page, k_stride_token, k_stride_head;
   int pages;
+  int page_block_size;
   const int* block_table;  // [batch, max_blocks]
   int64_t block_table_stride;
   int max_blocks;
   const int* cache_seqlens;  // [batch]
-  const int* plan;           // [parts, 8]
+  const int* plan;           // [parts, plan_stride, 8]
+  int plan_stride;           // 2 for a batch-invariant plan, else 1
   const int* num_splits;     // [batch + 1]
+  const float* attn_sink;    // [h_q], natural units; null for none. Partial results are without it
   void* out;                 // [batch, s_q, h_q, 512]
   float* lse;                // [batch, h_q, s_q]
   Partials partials;
 };
+
+// What the kernel takes beyond pages of 64, d_qk 576, no sink and plans without chunks. Where it
+// says no, Python never asks it, and Triton serves.
+constexpr struct {
+  bool any_page = false;  // page_block_size 16, 32, 128 and 256
+  bool no_rope = false;   // d_qk 512
+  bool sink = false;
+  bool chunks = false;  // batch-invariant plans; the combine kernel has to take them as well
+} dense_decode_takes;
 void launch_dense_decode(const DenseDecodeArgs& args, cudaStream_t stream);
 
 // Merges the partial results of every request that was split, and touches no other.
@@ -64,7 +78,9 @@ struct CombineArgs {
   bool is_bf16;
   Partials partials;
   const int* plan;
+  int plan_stride;
   const int* num_splits;
+  const float* attn_sink;
   void* out;
   float* lse;
 };

@@ -6,6 +6,10 @@
 // overhead moves to the request's first tile, so a request is never split for less than a tile.
 // Where moving every cut to the nearest start of a request costs little balance, that is done, and
 // nothing is split.
+//
+// A batch-invariant plan lays chunks of chunk_tiles on the line, each with an overhead of its own,
+// and moves every cut to the nearest start of a chunk: what a chunk holds, and how many a request
+// has, then follows from the request's own length.
 #include <climits>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
@@ -30,9 +34,18 @@ struct Cut {
   int tile;
 };
 
+// How many tiles are one unit that is never cut, the request's start counted along: a chunk.
+struct Chunks {
+  int tiles;  // 0: no chunks
+  __device__ int width() const { return kStartOverhead + tiles; }
+  __device__ int count(int places) const { return (places + width() - 1) / width(); }
+};
+
 // Places of one request on the line. Capped so that garbage lengths cannot overflow the line's.
-__device__ int places_of(int seqlen, int batch) {
-  return min(kStartOverhead + tiles_of(seqlen), INT_MAX / batch);
+__device__ int places_of(int seqlen, int batch, Chunks chunks) {
+  const int tiles = tiles_of(seqlen);
+  const int starts = chunks.tiles > 0 ? max(1, (tiles + chunks.tiles - 1) / chunks.tiles) : 1;
+  return min(kStartOverhead * starts + tiles, INT_MAX / batch);
 }
 
 // region: cut
@@ -42,6 +55,7 @@ struct Line {
   int batch;
   int length;
   int active;  // parts that get anything: a part is at least one place long
+  Chunks chunks;
 
   __device__ int position(int p) const {
     return p < active ? static_cast<int>(static_cast<int64_t>(p) * length / active) : length;
@@ -55,25 +69,31 @@ struct Line {
     }
     return low;
   }
-  // The start of a request that lies nearest, the earlier one of two.
+  // The start of a request, or of a chunk, that lies nearest, the earlier one of two.
   __device__ int nearest_start(int position) const {
     const int r = request_at(position);
-    const int before = starts[r];
-    const int after = starts[min(r + 1, batch)];
+    int before = starts[r];
+    int after = starts[min(r + 1, batch)];
+    if (chunks.tiles > 0) {
+      before += (position - before) / chunks.width() * chunks.width();
+      after = min(after, before + chunks.width());
+    }
     return after - position < position - before ? after : before;
   }
-  __device__ Cut cut(int p, bool whole) const {
-    const int place = whole ? nearest_start(position(p)) : position(p);
+  __device__ Cut cut(int p, bool at_starts) const {
+    const int place = at_starts ? nearest_start(position(p)) : position(p);
     const int r = request_at(place);
-    return {r, max(0, place - starts[r] - kStartOverhead)};
+    const int offset = place - starts[r];
+    if (chunks.tiles > 0) return {r, offset / chunks.width() * chunks.tiles};
+    return {r, max(0, offset - kStartOverhead)};
   }
 };
 // endregion: cut
 
-// cache_seqlens [batch], plan [parts], num_splits [batch + 1]
+// cache_seqlens [batch], plan [parts], with chunks [parts, 2]; num_splits [batch + 1]
 __global__ void __launch_bounds__(kThreads)
     plan_kernel(const int* __restrict__ cache_seqlens, PlanRow* __restrict__ plan,
-                int* __restrict__ num_splits, int batch, int parts) {
+                int* __restrict__ num_splits, int batch, int parts, Chunks chunks) {
   using Scan = cub::BlockScan<int, kThreads>;
   using Reduce = cub::BlockReduce<int, kThreads>;
   __shared__ typename Scan::TempStorage scan_storage;
@@ -86,19 +106,19 @@ __global__ void __launch_bounds__(kThreads)
   const int last = min(batch, first + per_thread);
 
   int sum = 0;
-  for (int r = first; r < last; ++r) sum += places_of(cache_seqlens[r], batch);
+  for (int r = first; r < last; ++r) sum += places_of(cache_seqlens[r], batch, chunks);
   int start, length;
   Scan(scan_storage).ExclusiveSum(sum, start, length);
   if (threadIdx.x == 0) num_splits[0] = 0;
   const int first_start = start;
   for (int r = first; r < last; ++r) {
-    start += places_of(cache_seqlens[r], batch);
+    start += places_of(cache_seqlens[r], batch, chunks);
     num_splits[r + 1] = start;
   }
   __syncthreads();
 
   const int active = min(parts, length);
-  const Line line{num_splits, batch, length, active};
+  const Line line{num_splits, batch, length, active, chunks};
   int longest = 0;
   for (int p = threadIdx.x; p < parts; p += kThreads) {
     const int begin = line.nearest_start(line.position(p));
@@ -107,22 +127,28 @@ __global__ void __launch_bounds__(kThreads)
   longest = Reduce(reduce_storage).Reduce(longest, [](int a, int b) { return max(a, b); });
   if (threadIdx.x == 0) whole_shared = longest <= (length + active - 1) / active + kSlack;
   __syncthreads();
-  const bool whole = whole_shared;
+  const bool chunked = chunks.tiles > 0;
+  const bool whole = whole_shared && !chunked;
 
   for (int p = threadIdx.x; p < parts; p += kThreads) {
-    const Cut begin = line.cut(p, whole);
-    const Cut end = line.cut(p + 1, whole);
+    const Cut begin = line.cut(p, whole || chunked);
+    const Cut end = line.cut(p + 1, whole || chunked);
     int split = 0;
-    if (begin.tile > 0) {
+    if (chunked) {
+      split = begin.tile / chunks.tiles;
+    } else if (begin.tile > 0) {
       const int first_tile = num_splits[begin.request] + kStartOverhead;
       split = p - last_part_at_or_before(first_tile, active, length);
     }
-    plan[p] = {begin.request, begin.tile, end.request, end.tile, split, {0, 0, 0}};
+    PlanRow* row = plan + (chunked ? 2 * p : p);
+    row[0] = {begin.request, begin.tile, end.request, end.tile, split, chunks.tiles, {0, 0}};
+    if (chunked) row[1] = {};
   }
 
-  // Splits of request r: from the last part that starts at or before its first tile to the last
-  // part that starts before its end.
+  // Splits of request r: its chunks, or from the last part that starts at or before its first tile
+  // to the last part that starts before its end.
   auto splits_of = [&](int r_start, int r_end) {
+    if (chunked) return chunks.count(r_end - r_start);
     if (whole) return 1;
     const int from = last_part_at_or_before(r_start + kStartOverhead, active, length);
     const int to = last_part_at_or_before(r_end - 1, active, length);
@@ -148,9 +174,9 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void launch_plan(const int* cache_seqlens, int* plan, int* num_splits, int batch, int parts,
-                 cudaStream_t stream) {
+                 int chunk_tiles, cudaStream_t stream) {
   plan_kernel<<<1, kThreads, 0, stream>>>(cache_seqlens, reinterpret_cast<PlanRow*>(plan),
-                                          num_splits, batch, parts);
+                                          num_splits, batch, parts, Chunks{chunk_tiles});
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from flashmla.cuda.library import load
+from flashmla.schedule import MAX_PARTS, METADATA_COLUMNS, max_slots
 
-__all__ = ["dense_decode"]
+__all__ = ["dense_decode", "try_dense_decode"]
 
-PAGE = 64
-HEAD_DIM_QK = 576
 HEAD_DIM_V = 512
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-125, 2.0**125
 ALIGNMENT = 8
@@ -30,47 +29,82 @@ def dense_decode(
     num_splits: Tensor,
     softmax_scale: float,
     causal: bool,
+    attn_sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [b, s_q, h_q, 512], lse [b, h_q, s_q] float32) from q [b, s_q, h_q, 576] and a cache
-    [blocks, 64, h_kv, 576], both bfloat16 or float16."""
+    """(out [b, s_q, h_q, 512], lse [b, h_q, s_q] float32) from q [b, s_q, h_q, d_qk] and a cache
+    [blocks, page, h_kv, d_qk], both bfloat16 or float16."""
+    arguments = (k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
+    results = _launch(q, q, *arguments, softmax_scale, causal, attn_sink)
+    if results is None:  # q's rows are scattered, or begin at no multiple of 16 bytes
+        rows = _packed_rows(q, k_cache.shape[2])
+        results = _launch(q, rows, *arguments, softmax_scale, causal, attn_sink)
+    if results is None:
+        raise RuntimeError("flashmla: the kernel refuses a call that was checked; please report it")
+    return results
+
+
+def try_dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    attn_sink: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The same from tensors that nobody has looked at: the library checks them in one go.
+
+    None, and nothing is launched, if they are not what the kernel takes as it is; then the caller
+    has to find out what is wrong, if anything.
+    """
+    for tensor in (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits):
+        if type(tensor) is not Tensor:
+            return None
+    if attn_sink is not None and type(attn_sink) is not Tensor:
+        return None
+    sizes = (q.dim(), k_cache.dim(), block_table.dim(), tile_scheduler_metadata.dim())
+    if sizes != (4, 4, 2, 2) or tile_scheduler_metadata.shape[0] > MAX_PARTS:
+        return None
+    if not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
+        return None
+    return _launch(
+        q, q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits,
+        softmax_scale, causal, attn_sink,
+    )  # fmt: skip
+
+
+def _launch(
+    q: Tensor,
+    rows: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    attn_sink: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """rows is q, or q's rows packed. Results are allocated here and checked with the rest."""
     b, s_q, h_q, _ = q.shape
-    h_kv = k_cache.shape[2]
-    rows = s_q * (h_q // h_kv)
-    slots = b + tile_scheduler_metadata.shape[0]
-    out = q.new_empty(b, s_q, h_q, head_dim_v)
+    # As methods and with sizes one by one, which is how torch is quickest.
+    out = q.new_empty(b, s_q, h_q, HEAD_DIM_V)
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
-    partial = q.new_empty(slots * h_kv * rows * (head_dim_v + 1), dtype=torch.float32)
-    out_partial, lse_partial = partial.split_with_sizes(
-        (slots * h_kv * rows * head_dim_v, slots * h_kv * rows)
-    )
-    load().dense_decode(
-        _packed_rows(q, h_kv),
-        k_cache,
-        block_table,
-        cache_seqlens,
-        tile_scheduler_metadata,
-        num_splits,
-        out,
-        lse,
-        out_partial.view(slots, -1),
-        lse_partial.view(slots, -1),
-        softmax_scale,
-        causal,
-    )
-    return out, lse
+    room = block_table.shape[1] * k_cache.shape[1]
+    launched = load().dense_decode(
+        rows, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink,
+        out, lse, max_slots(tile_scheduler_metadata.shape, b, room), softmax_scale, causal,
+    )  # fmt: skip
+    return (out, lse) if launched else None
 
 
 def _packed_rows(q: Tensor, h_kv: int) -> Tensor:
-    """q as [b * h_kv, s_q * group, 576]: the rows that share a KV head, side by side.
-
-    With one KV head, as MLA has, that is a view of a contiguous q; else a copy.
-    """
+    """A copy of q as [b * h_kv, s_q * group, d_qk]: the rows that share a KV head, side by side."""
     b, s_q, h_q, d = q.shape
-    if h_kv > 1:
-        q = q.view(b, s_q, h_kv, h_q // h_kv, d).transpose(1, 2)
-    rows = q.reshape(b * h_kv, -1, d)
-    aligned = rows.data_ptr() % 16 == 0 and not _bad_strides(rows)
-    return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
+    rows = q.view(b, s_q, h_kv, h_q // h_kv, d).transpose(1, 2)
+    return rows.clone(memory_format=torch.contiguous_format).view(b * h_kv, -1, d)
 
 
 def _bad_strides(x: Tensor) -> list[int]:
@@ -89,18 +123,23 @@ def supports_dense_decode(
     num_splits: Tensor,
     softmax_scale: float,
     causal: bool,
+    attn_sink: Tensor | None = None,
 ) -> str | None:
     """None if the kernel takes these arguments, else why not."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q is {q.dtype}; the kernel takes bfloat16 and float16"
-    if q.shape[-1] != HEAD_DIM_QK or head_dim_v != HEAD_DIM_V:
-        return f"head sizes {q.shape[-1]}/{head_dim_v}; the kernel takes 576/512"
-    if k_cache.shape[1] != PAGE:
-        return f"page size {k_cache.shape[1]}; the kernel takes {PAGE}"
+    page, d_qk = k_cache.shape[1], q.shape[-1]
+    if head_dim_v != HEAD_DIM_V:
+        return f"head_dim_v is {head_dim_v}; the kernel takes {HEAD_DIM_V}"
     if not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
         return f"softmax_scale {softmax_scale}; the kernel takes 2^-125 to 2^125"
     if k_cache.shape[0] == 0:
         return "k_cache has no pages"
     if k_cache.data_ptr() % 16 or _bad_strides(k_cache):
         return "k_cache's address or strides are no positive multiples of 16 bytes"
+    refused = load().dense_decode_refuses(
+        page, d_qk, attn_sink is not None, tile_scheduler_metadata.shape[1] > METADATA_COLUMNS
+    )
+    if refused:
+        return f"the kernel does not take {refused} (page size {page}, head sizes {d_qk}/512)"
     return None

@@ -9,22 +9,26 @@ import torch
 from torch import Tensor
 
 from flashmla.cuda.library import load
-from flashmla.schedule import METADATA_COLUMNS
+from flashmla.schedule import CHUNK, metadata_columns
 
 __all__ = ["get_metadata", "merge_state"]
 
 
 def get_metadata(
-    cache_seqlens: Tensor, parts: int, out: tuple[Tensor, Tensor] | None = None
+    cache_seqlens: Tensor,
+    parts: int,
+    batch_invariant: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(tile_scheduler_metadata [parts, 8], num_splits [b + 1]), int32, for these lengths [b]."""
+    """(tile_scheduler_metadata [parts, 8 or 16], num_splits [b + 1]), int32, for lengths [b]."""
     if out is None:
-        b = cache_seqlens.shape[0]
+        device = cache_seqlens.device
+        columns = metadata_columns(batch_invariant)
         out = (
-            cache_seqlens.new_empty(parts, METADATA_COLUMNS, dtype=torch.int32),
-            cache_seqlens.new_empty(b + 1, dtype=torch.int32),
+            torch.empty((parts, columns), dtype=torch.int32, device=device),
+            torch.empty(cache_seqlens.shape[0] + 1, dtype=torch.int32, device=device),
         )
-    load().get_metadata(cache_seqlens, *out)
+    load().get_metadata(cache_seqlens, *out, CHUNK if batch_invariant else 0)
     return out
 
 

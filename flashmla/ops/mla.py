@@ -23,7 +23,8 @@ from flashmla.ops.split_kv import SplitPlan, check_plan_fresh, check_plan_tensor
 __all__ = ["HEAD_DIM_QK", "HEAD_DIM_V", "flash_mla_with_kvcache"]
 
 HEAD_DIM_QK = 576
-"""512 latent dimensions and 64 rotated ones."""
+"""512 latent dimensions and 64 rotated ones (RoPE). Dense decode takes keys without RoPE, 512, as
+well."""
 
 HEAD_DIM_V = 512
 """The latent dimensions, which are the values too."""
@@ -39,6 +40,7 @@ def _fake_dense_decode(
     num_splits: Tensor,
     softmax_scale: float,
     causal: bool,
+    attn_sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     b, s_q, h_q, _ = q.shape
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
@@ -48,8 +50,8 @@ def _fake_dense_decode(
 _dense_decode = define(
     "mla.dense_decode",
     "(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, int head_dim_v, "
-    "Tensor tile_scheduler_metadata, Tensor num_splits, float softmax_scale, bool causal) "
-    "-> (Tensor, Tensor)",
+    "Tensor tile_scheduler_metadata, Tensor num_splits, float softmax_scale, bool causal, "
+    "Tensor? attn_sink=None) -> (Tensor, Tensor)",
     _fake_dense_decode,
 )
 
@@ -75,13 +77,13 @@ def flash_mla_with_kvcache(
     """MLA decoding over a paged cache: dense, or over the tokens that ``indices`` names.
 
     Keys and values are the same 576 numbers a token: all of them are the key, the first 512 the
-    value. Nothing beyond a length, in an unused page, behind index -1 or out of range is read into
-    a result, NaN included. A block number out of range within the length is the caller's
-    mistake: nothing outside the cache is read, and the result is unspecified. The results carry
-    no gradients.
+    value. Dense decode takes caches of 512 as well, without a RoPE part. Nothing beyond a length,
+    in an unused page, behind index -1 or out of range is read into a result, NaN included. A block
+    number out of range within the length is the caller's mistake: nothing outside the cache is
+    read, and the result is unspecified. The results carry no gradients.
 
     Args:
-        q: [b, s_q, h_q, 576], bfloat16 or float16; float32 on CPU tensors as well.
+        q: [b, s_q, h_q, 576], bfloat16 or float16; float32 on CPU tensors as well. Dense: 512 too.
         k_cache: [blocks, page, h_kv, 576] of q's dtype, h_q a multiple of h_kv. The stride between
             pages is free, so a slice of a larger cache will do. Any page size; the Hopper kernel
             takes 64, and other sizes run on Triton. With ``is_fp8_kvcache``
@@ -92,17 +94,17 @@ def flash_mla_with_kvcache(
             ``indices``.
         head_dim_v: 512.
         tile_scheduler_metadata: the plan of :func:`get_mla_metadata` for these lengths, in either
-            form: int32 [parts, 8], or the object, which the first call fills in. A sparse call
-            takes None as well, and reads no plan.
+            form: int32 [parts, 8], batch-invariant [parts, 16], or the object, which the first call
+            fills in. A sparse call takes None as well, and reads no plan.
         num_splits: int32 [b + 1], the plan's second tensor; None with the object.
-        softmax_scale: what scores are multiplied by; 576 ** -0.5 unless given.
+        softmax_scale: what scores are multiplied by; d_qk ** -0.5 unless given.
         causal: dense only. Query i of s_q sees the keys at positions up to
             length - s_q + i: the last query is aligned with the last key.
         is_fp8_kvcache: the cache holds 656-byte FP8 tokens; needs ``indices``.
         indices: int32 [b, s_q, topk], the tokens that each query reads, as
             block * page + offset; -1 is skipped, and so is whatever lies out of range.
-        attn_sink: float32 [h_q], sparse only: scales the output by
-            exp(lse) / (exp(lse) + exp(sink)) and leaves the LSE alone.
+        attn_sink: float32 [h_q]: scales the output by exp(lse) / (exp(lse) + exp(sink)) and leaves
+            the LSE alone; -inf is no sink, +inf leaves nothing.
         extra_k_cache: None; a second cache is not supported yet, nor are its companions.
         extra_indices_in_kvcache: None.
         topk_length: int32 [b] or [b, s_q], sparse only: how many of a query's indices count.
@@ -146,10 +148,8 @@ def flash_mla_with_kvcache(
             raise NotImplementedError(f"{name} must be None: a second cache is not supported yet")
     check_bool("causal", causal)
     check_bool("is_fp8_kvcache", is_fp8_kvcache)
-    _check_query(q, head_dim_v)
-    scale = (
-        HEAD_DIM_QK**-0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale)
-    )
+    d_qk = _check_query(q, head_dim_v, dense=indices is None)
+    scale = d_qk**-0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale)
     if indices is not None:
         if causal:
             raise ValueError("causal must be False with indices: they say what each query sees")
@@ -166,12 +166,12 @@ def flash_mla_with_kvcache(
         return results
     if is_fp8_kvcache:
         raise ValueError("is_fp8_kvcache=True needs indices: only sparse decode reads FP8 caches")
-    for name, sparse_only in (("attn_sink", attn_sink), ("topk_length", topk_length)):
-        if sparse_only is not None:
-            raise ValueError(f"{name} must be None without indices: it is for sparse decode")
+    if topk_length is not None:
+        raise ValueError("topk_length must be None without indices: it is for sparse decode")
     return _checked_dense_decode(
-        q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, scale, causal
-    )
+        q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, scale, causal,
+        attn_sink,
+    )  # fmt: skip
 
 
 def _check_sparse_plan(
@@ -205,19 +205,20 @@ def _check_per_request(name: str, value: object, dims: str, q: Tensor) -> Tensor
     return tensor
 
 
-def _check_query(q: object, head_dim_v: object) -> None:
+def _check_query(q: object, head_dim_v: object, dense: bool) -> int:
+    """d_qk, once q has been found to be in order."""
     q = check_tensor("q", q, "[b, s_q, h_q, 576]", float_dtypes(q))
-    if q.shape[-1] != HEAD_DIM_QK:
-        raise ValueError(
-            f"q must have head size {HEAD_DIM_QK}, the only one supported, got "
-            f"{q.shape[-1]}: {list(q.shape)}"
-        )
+    d_qk = q.shape[-1]
+    if d_qk != HEAD_DIM_QK and not (dense and d_qk == HEAD_DIM_V):
+        allowed = f"{HEAD_DIM_QK} or {HEAD_DIM_V}" if dense else f"{HEAD_DIM_QK} with indices"
+        raise ValueError(f"q must have head size {allowed}, got {d_qk}: {list(q.shape)}")
     if check_int("head_dim_v", head_dim_v, 1) != HEAD_DIM_V:
         raise ValueError(
             f"head_dim_v must be {HEAD_DIM_V}, the only one supported, got {head_dim_v}"
         )
     if 0 in (q.shape[1], q.shape[2]):
         raise ValueError(f"q must have at least one token and one head, got {list(q.shape)}")
+    return d_qk
 
 
 def _checked_dense_decode(
@@ -229,11 +230,12 @@ def _checked_dense_decode(
     num_splits: Tensor | None,
     scale: float,
     causal: bool,
+    attn_sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, s_q, h_q, _ = q.shape
+    batch, s_q, h_q, d_qk = q.shape
     dims = "[blocks, page, h_kv, 576]"
     check_tensor("k_cache", k_cache, dims, (q.dtype,), q.device)
-    check_shape("k_cache", k_cache, (None, None, None, HEAD_DIM_QK), dims)
+    check_shape("k_cache", k_cache, (None, None, None, d_qk), dims)
     _, page, h_kv, _ = k_cache.shape
     if h_kv == 0 or h_q % h_kv:
         raise ValueError(f"q has {h_q} heads, which k_cache's {h_kv} heads do not divide")
@@ -244,6 +246,9 @@ def _checked_dense_decode(
         )
     table = _check_per_request("block_table", block_table, "[b, max_blocks]", q)
     seqlens = _check_per_request("cache_seqlens", cache_seqlens, "[b]", q)
+    if attn_sink is not None:
+        check_tensor("attn_sink", attn_sink, "[h_q]", (torch.float32,), q.device)
+        check_shape("attn_sink", attn_sink, (h_q,), "[h_q]")
     if values_wanted():
         check_block_table("cache_seqlens", seqlens, table, k_cache.shape[0], page)
 
@@ -258,11 +263,10 @@ def _checked_dense_decode(
     check_plan_fresh(metadata, splits, seqlens)
     if isinstance(plan, SplitPlan):
         plan.claim(batch, sparse=False)
+    arguments = (
+        q, k_cache, table, seqlens, HEAD_DIM_V, metadata, splits, scale, causal, attn_sink
+    )  # fmt: skip
     if batch == 0:
-        return _fake_dense_decode(
-            q, k_cache, table, seqlens, HEAD_DIM_V, metadata, splits, scale, causal
-        )
-    out, lse = _dense_decode(
-        q, k_cache, table, seqlens, HEAD_DIM_V, metadata, splits, scale, causal
-    )
+        return _fake_dense_decode(*arguments)
+    out, lse = _dense_decode(*arguments)
     return out, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass, field
 from typing import overload
@@ -24,9 +25,6 @@ from flashmla.ops.library import define
 
 __all__ = ["SplitPlan", "get_mla_metadata", "merge_state"]
 
-MAX_PARTS = 1024
-"""Parts of a plan at most: more than any card has SMs, and what the kernels have room for."""
-
 _INT32 = (torch.int32,)
 _LARGEST_INT32 = 2**31 - 1
 _ROW_ALIGNMENT = 16  # bytes
@@ -43,10 +41,12 @@ class SplitPlan:
     Attributes:
         tile_scheduler_metadata: int32 [parts, 8], None until filled in.
         num_splits: int32 [b + 1], None until filled in.
+        batch_invariant: whether to fill in a batch-invariant plan, [parts, 16].
     """
 
     tile_scheduler_metadata: Tensor | None = None
     num_splits: Tensor | None = None
+    batch_invariant: bool = False
     _batch: int | None = field(default=None, init=False, repr=False)
     _sparse: bool = field(default=False, init=False, repr=False)
     _seqlens: weakref.ref[Tensor] | None = field(default=None, init=False, repr=False)
@@ -103,6 +103,24 @@ class SplitPlan:
             self._checked = metadata, num_splits, batch, device
         return metadata, num_splits
 
+    def ready(self, cache_seqlens: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The plan's two tensors if they are those of an earlier dense call of this batch size, and
+        not known to be stale; None if somebody has to look more closely."""
+        known = self._checked
+        if (
+            known is None
+            or self._sparse
+            or self._batch != known[2]
+            or self.tile_scheduler_metadata is not known[0]
+            or self.num_splits is not known[1]
+            or cache_seqlens.shape != (known[2],)
+        ):
+            return None
+        if self._seqlens is not None and self._seqlens() is cache_seqlens:
+            if self._seqlens_version != _version(cache_seqlens):
+                return None
+        return known[:2]
+
     @property
     def empty(self) -> bool:
         """True until the plan is filled in."""
@@ -121,7 +139,10 @@ class SplitPlan:
         compiling = torch.compiler.is_compiling()
         if self.empty:
             metadata, num_splits = get_mla_metadata(
-                cache_seqlens, num_q_tokens_per_head_k, num_heads_k
+                cache_seqlens,
+                num_q_tokens_per_head_k,
+                num_heads_k,
+                batch_invariant=self.batch_invariant,
             )
             self.tile_scheduler_metadata, self.num_splits = metadata, num_splits
             if not compiling:
@@ -142,8 +163,11 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _fake_get_metadata(cache_seqlens: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    metadata = cache_seqlens.new_empty(parts, schedule.METADATA_COLUMNS, dtype=torch.int32)
+def _fake_get_metadata(
+    cache_seqlens: Tensor, parts: int, batch_invariant: bool = False
+) -> tuple[Tensor, Tensor]:
+    columns = schedule.metadata_columns(batch_invariant)
+    metadata = cache_seqlens.new_empty(parts, columns, dtype=torch.int32)
     return metadata, cache_seqlens.new_empty(cache_seqlens.shape[0] + 1, dtype=torch.int32)
 
 
@@ -155,7 +179,7 @@ def _fake_merge_state(
 
 _get_metadata = define(
     "split_kv.get_metadata",
-    "(Tensor cache_seqlens, int parts) -> (Tensor, Tensor)",
+    "(Tensor cache_seqlens, int parts, bool batch_invariant=False) -> (Tensor, Tensor)",
     _fake_get_metadata,
 )
 _merge_state = define(
@@ -166,7 +190,7 @@ _merge_state = define(
 
 
 @overload
-def get_mla_metadata() -> tuple[SplitPlan, None]: ...
+def get_mla_metadata(*, batch_invariant: bool = False) -> tuple[SplitPlan, None]: ...
 
 
 @overload
@@ -178,6 +202,7 @@ def get_mla_metadata(
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
     *,
+    batch_invariant: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -190,6 +215,7 @@ def get_mla_metadata(
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
     *,
+    batch_invariant: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | SplitPlan, Tensor | None]:
     """The split plan for :func:`flash_mla_with_kvcache`, in either of its two forms.
@@ -206,13 +232,18 @@ def get_mla_metadata(
         num_heads_q: h_q, at least 1; taken for compatibility, and not needed.
         is_fp8_kvcache: taken for compatibility; the plan is the same.
         topk: tokens that each query of a sparse call reads; they replace the lengths.
+        batch_invariant: make a plan with which the bits of a request's results do not depend on
+            what else is in the batch, on how many requests it has or on the order they stand in,
+            but on the request alone. Requests longer than 1024 tokens are then merged from partial
+            results of 1024 each, with room for as many as the block table is wide: a table that is
+            wider than the lengths need costs memory, so pass ``block_table[:, :needed]``.
         out: the two tensors of an earlier plan of the same b and the same head counts, rewritten
             in place: a captured CUDA graph reschedules this way.
 
     Returns:
         (tile_scheduler_metadata [parts, 8], num_splits [b + 1]), both int32, on the device of
-        ``cache_seqlens``; :func:`flashmla.schedule.plan` says what is in them. On CPU tensors
-        the number of parts is that of a card with 132 SMs.
+        ``cache_seqlens``; :func:`flashmla.schedule.plan` says what is in them. A batch-invariant
+        plan is [parts, 16]. On CPU tensors the number of parts is that of a card with 132 SMs.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype, or others without the first three.
@@ -228,6 +259,7 @@ def get_mla_metadata(
 
     Source: ``flashmla/schedule.py``, ``csrc/sm90/scheduler.cu``, ``flashmla/triton/split_kv.py``.
     """
+    check_bool("batch_invariant", batch_invariant)
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         others = {"num_heads_q": num_heads_q, "topk": topk, "out": out}
         for name, value in (*others.items(), ("is_fp8_kvcache", is_fp8_kvcache or None)):
@@ -235,7 +267,7 @@ def get_mla_metadata(
                 raise TypeError(
                     f"{name} needs cache_seqlens, num_q_tokens_per_head_k and num_heads_k"
                 )
-        return SplitPlan(), None
+        return SplitPlan(batch_invariant=batch_invariant), None
     if cache_seqlens is None or num_q_tokens_per_head_k is None or num_heads_k is None:
         raise TypeError(
             "get_mla_metadata takes no argument at all, or cache_seqlens, num_q_tokens_per_head_k "
@@ -256,27 +288,29 @@ def get_mla_metadata(
         cache_seqlens = torch.full_like(cache_seqlens, topk)
     parts = schedule.num_parts(rows, heads, num_sms(cache_seqlens.device))
     if out is not None:
-        _check_out(out, parts, cache_seqlens)
+        _check_out(out, parts, cache_seqlens, batch_invariant)
+    arguments = (cache_seqlens, parts, batch_invariant)
     if cache_seqlens.shape[0] == 0:
-        plan = out or _fake_get_metadata(cache_seqlens, parts)
+        plan = out or _fake_get_metadata(*arguments)
         return plan[0].zero_(), plan[1].zero_()
     if out is None:
-        metadata, num_splits = _get_metadata(cache_seqlens, parts)
+        metadata, num_splits = _get_metadata(*arguments)
         return metadata, num_splits
     if torch.compiler.is_compiling():
-        for tensor, fresh in zip(out, _get_metadata(cache_seqlens, parts), strict=True):
+        for tensor, fresh in zip(out, _get_metadata(*arguments), strict=True):
             tensor.copy_(fresh)
     else:
-        backend.call("split_kv.get_metadata", cache_seqlens.device, cache_seqlens, parts, out)
+        backend.call("split_kv.get_metadata", cache_seqlens.device, *arguments, out)
     return out
 
 
-def _check_out(out: object, parts: int, cache_seqlens: Tensor) -> None:
+def _check_out(out: object, parts: int, cache_seqlens: Tensor, batch_invariant: bool) -> None:
     if not isinstance(out, tuple | list) or len(out) != 2:
         raise TypeError("out must be the tuple (tile_scheduler_metadata, num_splits)")
     batch = cache_seqlens.shape[0]
     check_plan_tensors("out[0]", out[0], "out[1]", out[1], batch, cache_seqlens.device)
-    check_shape("out[0]", out[0], (parts, schedule.METADATA_COLUMNS), "[parts, 8]")
+    columns = schedule.metadata_columns(batch_invariant)
+    check_shape("out[0]", out[0], (parts, columns), f"[parts, {columns}]")
 
 
 def check_plan_tensors(
@@ -291,10 +325,12 @@ def check_plan_tensors(
     columns = schedule.METADATA_COLUMNS
     metadata = check_tensor(metadata_name, metadata, "[parts, 8]", _INT32, device)
     parts, width = metadata.shape
-    if width != columns:
+    if width not in (columns, schedule.metadata_columns(batch_invariant=True)):
         check_shape(metadata_name, metadata, (None, columns), "[parts, 8]")
-    if not 1 <= parts <= MAX_PARTS:
-        raise ValueError(f"{metadata_name} must have from 1 to {MAX_PARTS} parts, got {parts}")
+    if not 1 <= parts <= schedule.MAX_PARTS:
+        raise ValueError(
+            f"{metadata_name} must have from 1 to {schedule.MAX_PARTS} parts, got {parts}"
+        )
     num_splits = check_tensor(num_splits_name, num_splits, "[b + 1]", _INT32, device)
     entries = num_splits.shape[0]
     if entries != batch + 1:
@@ -319,6 +355,11 @@ def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; any other device is planned as an H100."""
     if device.type != "cuda":
         return schedule.CPU_NUM_SMS
+    return _cuda_num_sms(device)
+
+
+@functools.cache
+def _cuda_num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -389,7 +430,9 @@ def check_plan_fresh(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor
     """With ``FLASHMLA_CHECK``: the plan is the one that these lengths give."""
     if not values_wanted():
         return
-    fresh = schedule.plan(cache_seqlens.cpu().numpy(), metadata.shape[0])
+    parts, columns = metadata.shape
+    batch_invariant = columns > schedule.METADATA_COLUMNS
+    fresh = schedule.plan(cache_seqlens.cpu().numpy(), parts, batch_invariant)
     for have, want in zip((metadata, num_splits), fresh, strict=True):
         if not torch.equal(have.cpu(), torch.from_numpy(want)):
             raise ValueError(

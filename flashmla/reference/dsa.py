@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from flashmla.reference.fp8 import INDEX_DIM, INDEX_PAGE, TOKEN_BYTES, unpack
-from flashmla.reference.mha import scaled_scores
+from flashmla.reference.mha import apply_sink, scaled_scores
 from flashmla.reference.mla import mla_decode
 
 
@@ -78,19 +78,6 @@ def topk(logits, k, lengths=None, block_table=None, page=64):
             positions = block_table[i][positions // page] * page + positions % page
         chosen[i, : len(positions)] = positions
     return chosen
-
-
-def apply_sink(out, lse, sink):
-    """Attention with a sink, a score that takes its share of the softmax and adds nothing.
-
-    out [..., h, d_v], lse [..., h], sink [h] -> out · exp(lse) / (exp(lse) + exp(sink)); an empty
-    row (LSE +inf) stays 0.  The LSE stays that of the keys alone.
-    """
-    if sink is None:
-        return out
-    empty = np.isposinf(lse)
-    share = np.exp(-np.logaddexp(0.0, np.asarray(sink, np.float64) - np.where(empty, 0.0, lse)))
-    return np.where(empty[..., None], 0.0, out * share[..., None])
 
 
 def select(tokens, indices, length=None):

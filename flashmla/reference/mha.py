@@ -31,6 +31,19 @@ def softmax(scores):
     return probabilities, lse[..., 0]
 
 
+def apply_sink(out, lse, sink):
+    """Attention with a sink, a score that takes its share of the softmax and adds nothing.
+
+    out [..., h, d_v], lse [..., h], sink [h] -> out · exp(lse) / (exp(lse) + exp(sink)); an empty
+    row (LSE +inf) stays 0.  The LSE stays that of the keys alone.
+    """
+    if sink is None:
+        return out
+    empty = np.isposinf(lse)
+    share = np.exp(-np.logaddexp(0.0, np.asarray(sink, np.float64) - np.where(empty, 0.0, lse)))
+    return np.where(empty[..., None], 0.0, out * share[..., None])
+
+
 def group_heads(x, h_kv):
     """Rows of one KV head side by side: [s, h_q, d] -> [h_kv, s · h_q/h_kv, d]."""
     s, h_q, d = x.shape

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flashmla.reference.mha import apply_sink
 from flashmla.reference.mla import mla_decode
 
 
@@ -28,16 +29,17 @@ def append(cache, block_table_row, length, tokens):
     return length + len(tokens)
 
 
-def paged_decode(q, cache, block_table, seqlens, d_v, scale=None, causal=False):
+def paged_decode(q, cache, block_table, seqlens, d_v, scale=None, causal=False, attn_sink=None):
     """Attention of each request's newest tokens with its own cached tokens.
 
     q [b, s_q, h_q, d_qk], cache [blocks, page, h_kv, d_qk] (values are the first d_v columns),
-    block_table [b, max_blocks], seqlens [b] -> out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
+    block_table [b, max_blocks], seqlens [b], attn_sink [h_q]
+    -> out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     """
     b, s_q, h_q, _ = q.shape
     out, lse = np.zeros((b, s_q, h_q, d_v)), np.zeros((b, h_q, s_q))
     for i in range(b):
         kv = gather(cache, block_table[i], seqlens[i])
-        out[i], lse_i = mla_decode(q[i], kv, scale, causal, d_v)
-        lse[i] = lse_i.T
+        out_i, lse_i = mla_decode(q[i], kv, scale, causal, d_v)
+        out[i], lse[i] = apply_sink(out_i, lse_i, attn_sink), lse_i.T
     return out, lse

@@ -7,6 +7,9 @@ long sequence.  The plan says who does what.
 The plan lays all requests on one line: a request is OVERHEAD positions long, for what it costs to
 start one, and then as many as it has tiles of TILE tokens.  The line is cut into equal parts,
 unless parts of whole requests are almost as equal: merging is not free.
+
+A batch-invariant plan cuts a request into chunks of CHUNK tiles, whatever else is on the line. Each
+is OVERHEAD positions longer than its tiles, and no part ends within one.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from flashmla.reference.paged_kv import gather
 TILE = 64  # tokens in a tile of work, whatever the page size
 OVERHEAD = 5  # what starting a request costs, in tiles
 SLACK = 10  # places a part may exceed the equal share by, for requests to stay whole
+CHUNK = 16  # tiles that a batch-invariant plan never cuts, counted from a request's start
 
 
 def partial(q, k, v, begin, end, scale=None, causal=False):
@@ -65,57 +69,67 @@ def tiles_of(seqlen):
     return -(-int(seqlen) // TILE)
 
 
-def cut_line(seqlens, parts):
+def chunks_of(seqlen, batch_invariant=True):
+    """The tiles of one request, in the pieces that the plan lays on the line: ranges of tiles."""
+    tiles = tiles_of(seqlen)
+    size = CHUNK if batch_invariant else max(1, tiles)
+    return [range(first, min(tiles, first + size)) for first in range(0, max(1, tiles), size)]
+
+
+def cut_line(seqlens, parts, batch_invariant=False):
     """Where each part begins and ends, as parts + 1 cuts (request, tile), by walking the line.
 
     If cuts moved to the nearest start of a request make no part longer than an equal share and
-    SLACK places, they stay there, and no request is split.
+    SLACK places, they stay there, and no request is split. In a batch-invariant plan they always
+    stay at the nearest start, and it is that of a chunk.
     """
-    line = [
-        (request, max(0, position - OVERHEAD))
-        for request, seqlen in enumerate(seqlens)
-        for position in range(OVERHEAD + tiles_of(seqlen))
-    ]
+    line: list[tuple[int, int]] = []
+    starts = []
+    for request, seqlen in enumerate(seqlens):
+        for tiles in chunks_of(seqlen, batch_invariant):
+            starts.append(len(line))
+            line += [(request, tiles.start)] * OVERHEAD + [(request, tile) for tile in tiles]
     active = min(parts, len(line))
     positions = [part * len(line) // active for part in range(active)]
     positions += [len(line)] * (parts + 1 - active)
-    starts = [place for place, cut in enumerate(line) if place == 0 or cut[0] != line[place - 1][0]]
     nearest = [min([*starts, len(line)], key=lambda s: (abs(s - p), s)) for p in positions]
     longest = max(end - begin for begin, end in zip(nearest[:-1], nearest[1:], strict=True))
-    if longest <= -(-len(line) // max(1, active)) + SLACK:
+    if batch_invariant or longest <= -(-len(line) // max(1, active)) + SLACK:
         positions = nearest
     return [line[p] if p < len(line) else (len(seqlens), 0) for p in positions]
 
 
-def plan_slow(seqlens, parts):
+def plan_slow(seqlens, parts, batch_invariant=False):
     """The split plan from its definition: each part takes the tiles between its two cuts.
 
     seqlens [b] -> metadata int32 [parts, 8]: begin request and tile, end request and tile (end not
-    included), how many earlier parts hold tiles of the begin request, and three zeros;
-    num_splits int32 [b + 1]: a request's partial results are numbered num_splits[i] onwards.
+    included), how many partial results of the begin request earlier parts make, CHUNK or 0, and two
+    zeros, in a batch-invariant plan ten; num_splits int32 [b + 1]: a request's partial results are
+    numbered num_splits[i] onwards.
     """
-    cuts = cut_line(seqlens, parts)
-    holders = [0] * len(seqlens)  # parts that hold tiles of the request, so far
-    metadata = np.zeros((parts, 8), np.int32)
+    cuts = cut_line(seqlens, parts, batch_invariant)
+    results = [0] * len(seqlens)  # partial results of the request, so far
+    metadata = np.zeros((parts, 16 if batch_invariant else 8), np.int32)
     for part, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
-        earlier = holders[begin[0]] if begin[1] > 0 else 0
-        metadata[part, :5] = *begin, *end, earlier
+        earlier = results[begin[0]] if begin[1] > 0 else 0
+        metadata[part, :6] = *begin, *end, earlier, CHUNK if batch_invariant else 0
         for request, seqlen in enumerate(seqlens):
-            tiles = [(request, tile) for tile in range(tiles_of(seqlen))]
-            holders[request] += any(begin <= tile < end for tile in tiles)
-    splits = [max(1, count) for count in holders]
+            for tiles in chunks_of(seqlen, batch_invariant):
+                results[request] += any(begin <= (request, tile) < end for tile in tiles)
+    splits = [max(1, count) for count in results]
     return metadata, np.cumsum([0, *splits], dtype=np.int32)
 
 
 def work_of(metadata_row, seqlens):
-    """The tiles of one part, as {request: (first tile, end tile)}; an empty request has (0, 0)."""
-    begin, end = tuple(metadata_row[:2]), tuple(metadata_row[2:4])
-    work = {}
+    """The stretches that one part computes, as (request, first tile, end tile); an empty request
+    has (0, 0)."""
+    begin, end, chunk = tuple(metadata_row[:2]), tuple(metadata_row[2:4]), metadata_row[5]
+    work = []
     for request, seqlen in enumerate(seqlens):
-        candidates = range(max(1, tiles_of(seqlen)))
-        mine = [tile for tile in candidates if begin <= (request, tile) < end]
-        if mine:
-            work[request] = (mine[0], mine[-1] + 1 if seqlen else 0)
+        for tiles in chunks_of(seqlen, chunk > 0):
+            mine = [t for t in tiles or [0] if begin <= (request, t) < end]
+            if mine:
+                work.append((request, mine[0], mine[-1] + 1 if seqlen else 0))
     return work
 
 
@@ -127,7 +141,7 @@ def split_decode(q, cache, block_table, seqlens, metadata, d_v, scale=None, caus
     """
     summaries: list[list] = [[] for _ in q]
     for row in metadata:
-        for request, (first, end) in work_of(row, seqlens).items():
+        for request, first, end in work_of(row, seqlens):
             kv = gather(cache, block_table[request], seqlens[request])
             tokens = first * TILE, min(end * TILE, len(kv))
             part = partial(q[request], kv, kv[..., :d_v], *tokens, scale, causal)

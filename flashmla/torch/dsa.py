@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashmla.torch.fp8 import unpack
-from flashmla.torch.online_softmax import OnlineSoftmax
+from flashmla.torch.online_softmax import OnlineSoftmax, apply_sink
 
 __all__ = ["indexer_logits", "indexer_logits_paged", "sparse_decode", "sparse_prefill", "topk"]
 
@@ -46,7 +46,7 @@ def sparse_decode(
     out, _, lse = _attend(
         q.flatten(0, 1), indices.flatten(0, 1), tokens, limit, fetch, softmax_scale, head_dim_v
     )
-    out = _apply_sink(out, lse, attn_sink).view(b, s_q, h_q, head_dim_v)
+    out = apply_sink(out, lse, attn_sink).view(b, s_q, h_q, head_dim_v)
     return out.to(q.dtype), lse.view(b, s_q, h_q).transpose(1, 2).contiguous()
 
 
@@ -66,7 +66,7 @@ def sparse_prefill(
         return kv[index, 0].float()
 
     out, largest, lse = _attend(q, indices[:, 0], kv.shape[0], topk_length, fetch, sm_scale, d_v)
-    return _apply_sink(out, lse, attn_sink).to(q.dtype), largest, lse
+    return apply_sink(out, lse, attn_sink).to(q.dtype), largest, lse
 
 
 def _attend(
@@ -103,14 +103,6 @@ def _attend(
         largest[rows] = softmax.maximum()
         out[rows], lse[rows] = softmax.finish()
     return out, largest, lse.masked_fill_(lse == -_INF, _INF)
-
-
-def _apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor | None) -> Tensor:
-    """out * exp(lse) / (exp(lse) + exp(sink)); an empty row stays 0."""
-    if attn_sink is None:
-        return out
-    share = torch.sigmoid(lse - attn_sink).masked_fill(lse == _INF, 0.0)
-    return out * share.unsqueeze(-1)
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from flashmla.schedule import TILE
-from flashmla.torch.online_softmax import OnlineSoftmax
+from flashmla.schedule import METADATA_COLUMNS, TILE, max_slots
+from flashmla.torch.online_softmax import OnlineSoftmax, apply_sink
 from flashmla.torch.split_kv import combine
 
 __all__ = ["dense_decode"]
@@ -29,6 +29,7 @@ def dense_decode(
     num_splits: Tensor,
     softmax_scale: float,
     causal: bool,
+    attn_sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each split of the plan, several splits at a time, then the merge of each
     request's splits."""
@@ -36,7 +37,7 @@ def dense_decode(
     h_kv = k_cache.shape[2]
     reach = block_table.shape[1] * k_cache.shape[1] if k_cache.shape[0] else 0
     lengths = cache_seqlens.long().clamp(0, reach)
-    prefix = _bounded(num_splits.tolist(), batch + tile_scheduler_metadata.shape[0])
+    prefix = _bounded(num_splits.tolist(), max_slots(tile_scheduler_metadata.shape, batch, reach))
     splits = _splits(tile_scheduler_metadata.tolist(), prefix, lengths.tolist())
 
     # Rows that share a KV head stand together: [b, h_kv, s_q * group, d_qk].
@@ -51,7 +52,9 @@ def dense_decode(
         seen = lengths.unsqueeze(1).expand(batch, s_q)
     seen = seen.repeat_interleave(h_q // h_kv, dim=1)  # keys that each row sees: [b, rows]
 
-    for group in _batches(splits):
+    # In a batch-invariant plan each alone: how a product sums follows from its shape.
+    alone = tile_scheduler_metadata.shape[1] > METADATA_COLUMNS
+    for group in [[split] for split in splits] if alone else _batches(splits):
         slot, request, begin, end = torch.tensor(group, device=q.device).unbind(1)
         softmax = OnlineSoftmax((len(group), *shape[1:]), head_dim_v, q.device)
         scaled = rows[request] * softmax_scale
@@ -68,6 +71,7 @@ def dense_decode(
     out, lse = combine(out_partial, lse_partial, prefix)
     out = out.view(batch, h_kv, s_q, -1, head_dim_v).transpose(1, 2).flatten(2, 3)
     lse = lse.view(batch, h_kv, s_q, -1).transpose(2, 3).flatten(1, 2)
+    out = apply_sink(out, lse.transpose(1, 2), attn_sink)
     return out.to(q.dtype), lse.contiguous()
 
 
@@ -82,16 +86,18 @@ def _bounded(num_splits: list[int], slots: int) -> list[int]:
 def _splits(metadata: list[list[int]], num_splits: list[int], lengths: list[int]) -> list[Split]:
     """The splits of a plan: what each part does of each request that it touches."""
     splits = []
-    for begin_request, begin_tile, end_request, end_tile, begin_split, *_ in metadata:
+    for begin_request, begin_tile, end_request, end_tile, begin_split, chunk, *_ in metadata:
         for request in range(max(0, begin_request), min(end_request + 1, len(lengths))):
             first = begin_tile if request == begin_request else 0
             length = lengths[request]
             end = min(length, end_tile * TILE) if request == end_request else length
             slot = num_splits[request] + (begin_split if request == begin_request else 0)
-            # A plan made for other lengths may not fit; it gives a wrong result and no more.
-            fits = num_splits[request] <= slot < num_splits[request + 1]
-            if fits and 0 <= first * TILE < end:
-                splits.append((slot, request, first * TILE, end))
+            step = chunk * TILE if chunk > 0 else max(1, end - first * TILE)
+            for begin in range(max(0, first) * TILE, end, step):
+                # A plan made for other lengths may not fit: a wrong result and no more.
+                if num_splits[request] <= slot < num_splits[request + 1]:
+                    splits.append((slot, request, begin, min(end, begin + step)))
+                slot += 1
     return splits
 
 

@@ -1,11 +1,11 @@
-"""The online softmax: attention over keys that arrive block by block."""
+"""The online softmax: attention over keys that arrive block by block, and the sink at its end."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["OnlineSoftmax"]
+__all__ = ["OnlineSoftmax", "apply_sink"]
 
 _NEG_INF = float("-inf")
 
@@ -44,3 +44,14 @@ class OnlineSoftmax:
         out = self._values / total.unsqueeze(-1)
         lse = (self._maximum + torch.log(total)).masked_fill(empty, _NEG_INF)
         return out, lse
+
+
+def apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor | None) -> Tensor:
+    """out * exp(lse) / (exp(lse) + exp(sink)); an empty row (LSE +inf) stays 0.
+
+    out [..., h, d_v], lse [..., h], attn_sink [h].
+    """
+    if attn_sink is None:
+        return out
+    share = torch.sigmoid(lse - attn_sink).masked_fill(lse == -_NEG_INF, 0.0)
+    return out * share.unsqueeze(-1)

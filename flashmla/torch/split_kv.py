@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashmla.schedule import METADATA_COLUMNS, OVERHEAD, SLACK, TILE
+from flashmla.schedule import CHUNK, OVERHEAD, SLACK, TILE, metadata_columns
 
 __all__ = ["combine", "get_metadata", "merge_state"]
 
@@ -14,23 +14,30 @@ _INF = float("inf")
 
 @torch.no_grad()
 def get_metadata(
-    cache_seqlens: Tensor, parts: int, out: tuple[Tensor, Tensor] | None = None
+    cache_seqlens: Tensor,
+    parts: int,
+    batch_invariant: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The plan of :func:`flashmla.schedule.plan`, made on the tensors' device with no sync."""
     device = cache_seqlens.device
     batch = cache_seqlens.shape[0]
     if out is None:
-        metadata = torch.empty(parts, METADATA_COLUMNS, dtype=torch.int32, device=device)
+        columns = metadata_columns(batch_invariant)
+        metadata = torch.empty(parts, columns, dtype=torch.int32, device=device)
         num_splits = torch.empty(batch + 1, dtype=torch.int32, device=device)
     else:
         metadata, num_splits = out
     metadata.zero_()
     num_splits.zero_()
+    if batch_invariant:
+        metadata[:, 5] = CHUNK
     if batch == 0:
         return metadata, num_splits
 
     tiles = (cache_seqlens.long().clamp(min=0) + TILE - 1) // TILE
-    starts = torch.nn.functional.pad(torch.cumsum(OVERHEAD + tiles, 0), (1, 0))  # C_0 .. C_b
+    chunks = ((tiles + CHUNK - 1) // CHUNK).clamp(min=1, max=None if batch_invariant else 1)
+    starts = torch.nn.functional.pad(torch.cumsum(OVERHEAD * chunks + tiles, 0), (1, 0))  # C_0 ..
     total = starts[-1]
     active = total.clamp(max=parts)
 
@@ -38,11 +45,22 @@ def get_metadata(
     position = torch.where(part < active, part * total // active, total)
     request = torch.searchsorted(starts, position, right=True) - 1
     before, after = starts[request], starts[(request + 1).clamp(max=batch)]
+    if batch_invariant:
+        before = before + (position - before) // (OVERHEAD + CHUNK) * (OVERHEAD + CHUNK)
+        after = torch.minimum(after, before + OVERHEAD + CHUNK)
     nearest = torch.where(after - position < position - before, after, before)
     whole = nearest.diff().amax() <= (total + active - 1) // active + SLACK
-    position = torch.where(whole, nearest, position)
+    position = nearest if batch_invariant else torch.where(whole, nearest, position)
     request = torch.searchsorted(starts, position, right=True) - 1
     tile = (position - starts[request] - OVERHEAD).clamp(min=0)
+    if batch_invariant:
+        tile = (position - starts[request]) // (OVERHEAD + CHUNK) * CHUNK
+    metadata[:, 0], metadata[:, 1] = request[:-1], tile[:-1]
+    metadata[:, 2], metadata[:, 3] = request[1:], tile[1:]
+    if batch_invariant:
+        num_splits[1:] = torch.cumsum(chunks, 0)
+        metadata[:, 4] = tile[:-1] // CHUNK
+        return metadata, num_splits
 
     def last_part_at_or_before(place: Tensor) -> Tensor:
         return torch.minimum(active - 1, ((place + 1) * active - 1) // total)
@@ -50,10 +68,7 @@ def get_metadata(
     first = last_part_at_or_before(starts[:-1] + OVERHEAD)  # the part that holds tile 0
     last = last_part_at_or_before(starts[1:] - 1)
     num_splits[1:] = torch.cumsum((last - first + 1).clamp(min=1).masked_fill(whole, 1), 0)
-
     earlier_parts = part[:-1] - first[request[:-1].clamp(max=batch - 1)]
-    metadata[:, 0], metadata[:, 1] = request[:-1], tile[:-1]
-    metadata[:, 2], metadata[:, 3] = request[1:], tile[1:]
     metadata[:, 4] = torch.where(tile[:-1] > 0, earlier_parts, 0)
     return metadata, num_splits
 

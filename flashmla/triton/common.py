@@ -51,6 +51,14 @@ def finish_softmax(acc, row_max, row_sum):
 # endregion: finish_softmax
 
 
+@triton.jit
+def sink_share(lse, sink):
+    """What a sink leaves of the softmax to the keys: exp(lse) / (exp(lse) + exp(sink)), any shape;
+    1 for an empty row, whose LSE is +inf and whose out is 0 anyway."""
+    excess = tl.where(lse == float("inf"), float("-inf"), sink - lse)
+    return 1.0 / (1.0 + tl.exp(excess))
+
+
 def split_head_dim(d: int) -> tuple[int, int]:
     """A head size as the sum of a power of two and a rest.
 

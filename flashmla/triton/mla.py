@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flashmla.schedule import TILE, max_slots
 from flashmla.triton.common import (
     INTERPRETED,
     LOG2_E,
@@ -21,12 +22,13 @@ from flashmla.triton.common import (
     finish_softmax,
     on_device,
     online_softmax,
+    sink_share,
     split_head_dim,
     unsupported_dtype,
     unsupported_head_dim,
     working_dtype,
 )
-from flashmla.triton.split_kv import TILE, combine
+from flashmla.triton.split_kv import combine
 
 
 # region: dense_decode_kernel
@@ -36,8 +38,9 @@ def dense_decode_kernel(
     k_cache,  # [blocks, page, h_kv, d_qk]
     block_table,  # [b, max_blocks] int32
     cache_seqlens,  # [b] int32
-    tile_scheduler_metadata,  # [parts, 8] int32
+    tile_scheduler_metadata,  # [parts, 8] int32, batch-invariant [parts, 16]
     num_splits,  # [b + 1] int32
+    attn_sink,  # [h_q] float32, natural units; not read unless HAS_SINK
     out,  # [b, s_q, h_q, d_v], contiguous
     lse,  # [b, h_q, s_q] float32, contiguous
     out_partial,  # [slots, s_q, h_q, d_v] float32, contiguous
@@ -58,6 +61,8 @@ def dense_decode_kernel(
     max_blocks,
     scale_log2,  # softmax scale times log2(e)
     CAUSAL: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    PLAN_COLUMNS: tl.constexpr,  # 8 or 16
     PAGE: tl.constexpr,  # tokens to a page
     TILE: tl.constexpr,  # tokens to a tile of the plan
     D_V: tl.constexpr,  # d_qk = D_V + D_ROPE
@@ -78,12 +83,13 @@ def dense_decode_kernel(
     # endregion: decode_who
 
     # region: decode_part
-    plan = tile_scheduler_metadata + part * 8
+    plan = tile_scheduler_metadata + part * PLAN_COLUMNS
     begin_request = tl.load(plan + 0)
     begin_tile = tl.load(plan + 1)
     end_request = tl.load(plan + 2)
     end_tile = tl.load(plan + 3)
     begin_split = tl.load(plan + 4)
+    chunk = tl.load(plan + 5) * TILE  # tokens that make a result of their own; 0: all there are
     # endregion: decode_part
 
     # An end tile of 0 means that the end request is not touched at all. A plan made for another
@@ -96,6 +102,10 @@ def dense_decode_kernel(
         length = tl.maximum(length, 0)
         first_token = tl.where(request == begin_request, tl.maximum(begin_tile, 0) * TILE, 0)
         last_token = tl.where(request == end_request, tl.minimum(end_tile * TILE, length), length)
+        stretch = tl.where(chunk > 0, chunk, tl.maximum(last_token - first_token, 1))
+        first_slot = tl.load(num_splits + request)
+        splits = tl.load(num_splits + request + 1) - first_slot
+        slot = first_slot + tl.where(request == begin_request, begin_split, 0)
         # Query i sees tokens 0 .. limit-1. Causal: the last query sees the last token.
         limit = tl.zeros([BLOCK_M], tl.int32) + length  # [M]
         if CAUSAL:
@@ -115,65 +125,68 @@ def dense_decode_kernel(
                 q_rope = q_rope.to(tl.float32)  # [M, D_ROPE]
         # endregion: decode_load_q
 
-        acc = tl.zeros([BLOCK_M, D_V], tl.float32)
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        # One result, unless the plan has chunks; an empty stretch has one too.
         table_row = block_table + request64 * table_stride
+        for begin in range(first_token, tl.maximum(last_token, first_token + 1), stretch):
+            acc = tl.zeros([BLOCK_M, D_V], tl.float32)
+            row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            row_sum = tl.zeros([BLOCK_M], tl.float32)
 
-        for start in range(first_token, last_token, BLOCK_N):
-            # region: decode_gather
-            # Only tokens within the length look into the block table, and only block numbers
-            # within the cache are followed: all else is 0 and masked below.
-            token = start + tl.arange(0, BLOCK_N)  # [N]
-            exists = token < length  # [N]
-            if PAGE % BLOCK_N == 0:
-                block = tl.load(table_row + start // PAGE)  # all the tokens are in one page
-            else:
-                block = tl.load(table_row + token // PAGE, mask=exists, other=-1)  # [N]
-            readable = exists & (block >= 0) & (block < num_blocks)  # [N]
-            k_row = k_cache + block.to(tl.int64) * k_stride_block  # a cache may pass 4 GiB
-            k_row += (token % PAGE) * k_stride_token + kv_head * k_stride_head  # [N] pointers
-            k_nope = tl.load(k_row[:, None] + d_v, mask=readable[:, None], other=0.0)
-            if UPCAST:
-                k_nope = k_nope.to(tl.float32)  # [N, D_V]
-            # endregion: decode_gather
-
-            # region: decode_scores
-            scores = tl.dot(q_nope, tl.trans(k_nope))  # [M, N] float32
-            if D_ROPE > 0:
-                k_rope = tl.load(k_row[:, None] + d_rope, mask=readable[:, None], other=0.0)
+            for start in range(begin, tl.minimum(begin + stretch, last_token), BLOCK_N):
+                # region: decode_gather
+                # Only tokens within the length look into the block table, and only block numbers
+                # within the cache are followed: all else is 0 and masked below.
+                token = start + tl.arange(0, BLOCK_N)  # [N]
+                exists = token < length  # [N]
+                if PAGE % BLOCK_N == 0:
+                    block = tl.load(table_row + start // PAGE)  # all the tokens are in one page
+                else:
+                    block = tl.load(table_row + token // PAGE, mask=exists, other=-1)  # [N]
+                readable = exists & (block >= 0) & (block < num_blocks)  # [N]
+                k_row = k_cache + block.to(tl.int64) * k_stride_block  # a cache may pass 4 GiB
+                k_row += (token % PAGE) * k_stride_token + kv_head * k_stride_head  # [N] pointers
+                k_nope = tl.load(k_row[:, None] + d_v, mask=readable[:, None], other=0.0)
                 if UPCAST:
-                    k_rope = k_rope.to(tl.float32)  # [N, D_ROPE]
-                scores = tl.dot(q_rope, tl.trans(k_rope), scores)
-            visible = exists[None, :] & (token[None, :] < limit[:, None])  # [M, N]
-            scores = tl.where(visible, scores * scale_log2, float("-inf"))
-            # endregion: decode_scores
+                    k_nope = k_nope.to(tl.float32)  # [N, D_V]
+                # endregion: decode_gather
 
-            # region: decode_accumulate
-            weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum)
-            # k_nope again: the latent is also the value.
-            acc = tl.dot(weights.to(k_nope.dtype), k_nope, acc * rescale[:, None])  # [M, D_V]
-            # endregion: decode_accumulate
+                # region: decode_scores
+                scores = tl.dot(q_nope, tl.trans(k_nope))  # [M, N] float32
+                if D_ROPE > 0:
+                    k_rope = tl.load(k_row[:, None] + d_rope, mask=readable[:, None], other=0.0)
+                    if UPCAST:
+                        k_rope = k_rope.to(tl.float32)  # [N, D_ROPE]
+                    scores = tl.dot(q_rope, tl.trans(k_rope), scores)
+                visible = exists[None, :] & (token[None, :] < limit[:, None])  # [M, N]
+                scores = tl.where(visible, scores * scale_log2, float("-inf"))
+                # endregion: decode_scores
 
-        # region: decode_store
-        result, row_lse = finish_softmax(acc, row_max, row_sum)  # [M, D_V], [M]
-        first_slot = tl.load(num_splits + request)
-        splits = tl.load(num_splits + request + 1) - first_slot
-        if splits == 1:
-            out_row = (request64 * s_q + query) * h_q + head  # [M], into [b, s_q, h_q]
-            lse_row = (request64 * h_q + head) * s_q + query  # [M], into [b, h_q, s_q]
-            out_at = out + out_row[:, None] * D_V + d_v
-            tl.store(out_at, result.to(out.dtype.element_ty), mask=row_exists[:, None])
-            tl.store(lse + lse_row, row_lse, mask=row_exists)
-        else:
-            slot = first_slot + tl.where(request == begin_request, begin_split, 0)
-            slot64 = tl.cast(slot, tl.int64)
-            writes = row_exists & (slot >= 0) & (slot < slots)  # [M]
-            out_row = (slot64 * s_q + query) * h_q + head  # [M], into [slots, s_q, h_q]
-            lse_row = (slot64 * h_q + head) * s_q + query  # [M], into [slots, h_q, s_q]
-            tl.store(out_partial + out_row[:, None] * D_V + d_v, result, mask=writes[:, None])
-            tl.store(lse_partial + lse_row, row_lse, mask=writes)
-        # endregion: decode_store
+                # region: decode_accumulate
+                weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum)
+                # k_nope again: the latent is also the value.
+                acc = tl.dot(weights.to(k_nope.dtype), k_nope, acc * rescale[:, None])  # [M, D_V]
+                # endregion: decode_accumulate
+
+            # region: decode_store
+            result, row_lse = finish_softmax(acc, row_max, row_sum)  # [M, D_V], [M]
+            if splits == 1:
+                out_row = (request64 * s_q + query) * h_q + head  # [M], into [b, s_q, h_q]
+                lse_row = (request64 * h_q + head) * s_q + query  # [M], into [b, h_q, s_q]
+                out_at = out + out_row[:, None] * D_V + d_v
+                if HAS_SINK:
+                    sink = tl.load(attn_sink + head, mask=row_exists, other=0.0)  # [M]
+                    result *= sink_share(row_lse, sink)[:, None]
+                tl.store(out_at, result.to(out.dtype.element_ty), mask=row_exists[:, None])
+                tl.store(lse + lse_row, row_lse, mask=row_exists)
+            else:
+                slot64 = tl.cast(slot, tl.int64)
+                writes = row_exists & (slot >= 0) & (slot < slots)  # [M]
+                out_row = (slot64 * s_q + query) * h_q + head  # [M], into [slots, s_q, h_q]
+                lse_row = (slot64 * h_q + head) * s_q + query  # [M], into [slots, h_q, s_q]
+                tl.store(out_partial + out_row[:, None] * D_V + d_v, result, mask=writes[:, None])
+                tl.store(lse_partial + lse_row, row_lse, mask=writes)
+            slot += 1
+            # endregion: decode_store
 
 
 # endregion: dense_decode_kernel
@@ -231,14 +244,16 @@ def dense_decode(
     num_splits: torch.Tensor,
     softmax_scale: float,
     causal: bool,
+    attn_sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """MLA decoding: q [b, s_q, h_q, d_qk] against a paged cache [blocks, page, h_kv, d_qk].
 
     bf16 or fp16, last dimensions contiguous, other strides free; block_table [b, max_blocks],
-    cache_seqlens [b], tile_scheduler_metadata [parts, 8] and num_splits [b + 1] int32. The
-    values are the first head_dim_v columns of the keys. Causal masking aligns the last query
-    with the last token. Returns out [b, s_q, h_q, head_dim_v] in q's dtype and lse
-    [b, h_q, s_q] float32, natural log; nothing to attend to gives out 0 and LSE +inf.
+    cache_seqlens [b], tile_scheduler_metadata [parts, 8 or 16] and num_splits [b + 1] int32;
+    attn_sink [h_q] float32. The values are the first head_dim_v columns of the keys. Causal
+    masking aligns the last query with the last token. Returns out [b, s_q, h_q, head_dim_v] in
+    q's dtype and lse [b, h_q, s_q] float32, natural log; nothing to attend to gives out 0 and
+    LSE +inf.
 
     Nothing beyond a length or outside the cache is read. `supports_dense_decode` says which
     head sizes are served.
@@ -246,8 +261,8 @@ def dense_decode(
     b, s_q, h_q, d_qk = q.shape
     num_blocks, page, h_kv, _ = k_cache.shape
     group = h_q // h_kv
-    parts = tile_scheduler_metadata.shape[0]
-    slots = b + parts  # no plan has more
+    parts, columns = tile_scheduler_metadata.shape
+    slots = max_slots((parts, columns), b, block_table.shape[1] * page)
 
     out = q.new_empty(b, s_q, h_q, head_dim_v, dtype=working_dtype(q.dtype))
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
@@ -259,15 +274,15 @@ def dense_decode(
         with on_device(q.device):
             dense_decode_kernel[grid](
                 q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits,
-                out, lse, out_partial, lse_partial,
+                lse if attn_sink is None else attn_sink, out, lse, out_partial, lse_partial,
                 q.stride(0), q.stride(1), q.stride(2),
                 k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),
                 b, slots, s_q, h_q, group, num_blocks, block_table.shape[1],
                 softmax_scale * LOG2_E.value,
-                CAUSAL=causal, PAGE=page, TILE=TILE, D_V=head_dim_v, D_ROPE=d_qk - head_dim_v,
-                UPCAST=INTERPRETED, **config,
+                CAUSAL=causal, HAS_SINK=attn_sink is not None, PLAN_COLUMNS=columns, PAGE=page,
+                TILE=TILE, D_V=head_dim_v, D_ROPE=d_qk - head_dim_v, UPCAST=INTERPRETED, **config,
             )  # fmt: skip
-            combine(out_partial, lse_partial, num_splits, out, lse)
+            combine(out_partial, lse_partial, num_splits, out, lse, attn_sink)
     return out.to(q.dtype), lse
 
 

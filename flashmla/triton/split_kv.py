@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flashmla.schedule import OVERHEAD, SLACK, TILE
-from flashmla.triton.common import on_device, working_dtype
+from flashmla.schedule import CHUNK, OVERHEAD, SLACK, TILE, metadata_columns
+from flashmla.triton.common import on_device, sink_share, working_dtype
 
 # Requests that one step of the plan's loops takes.
 PLAN_BLOCK = 1024
@@ -34,6 +34,7 @@ def plan_starts_kernel(
     starts,  # [b + 1] int64: where each request begins on the line, and the line's length
     b,
     OVERHEAD: tl.constexpr,
+    CHUNK: tl.constexpr,  # tiles in a chunk of a batch-invariant plan, else 0
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -43,7 +44,10 @@ def plan_starts_kernel(
         request = block + tl.arange(0, BLOCK)  # [BLOCK]
         length = tl.load(cache_seqlens + request, mask=request < b, other=0)
         tiles = (tl.maximum(length, 0).to(tl.int64) + TILE - 1) // TILE
-        places = tl.where(request < b, OVERHEAD + tiles, 0)  # [BLOCK] int64
+        places = OVERHEAD + tiles  # [BLOCK] int64
+        if CHUNK > 0:  # each chunk has an overhead of its own
+            places = OVERHEAD * tl.maximum((tiles + CHUNK - 1) // CHUNK, 1) + tiles
+        places = tl.where(request < b, places, 0)
         tl.store(starts + request, total + tl.cumsum(places) - places, mask=request < b)
         total += tl.sum(places)
     tl.store(starts + b, total)
@@ -67,13 +71,17 @@ def request_at(position, starts, b, SEARCH_STEPS: tl.constexpr):
 
 
 @triton.jit
-def cut(part, starts, b, active, total, SEARCH_STEPS: tl.constexpr):
-    """Where parts begin on the line, and the request's start that lies nearest: part [P] int64
-    -> position [P], nearest [P]. Parts from `active` on begin at the line's end."""
+def cut(part, starts, b, active, total, SEARCH_STEPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Where parts begin on the line, and the nearest start of a request, or of a chunk if WIDTH,
+    the places of one, is not 0: part [P] int64 -> position [P], nearest [P]. Parts from `active`
+    on begin at the line's end."""
     position = tl.where(part < active, part * total // tl.maximum(active, 1), total)  # [P]
     request = request_at(position, starts, b, SEARCH_STEPS)
     before = tl.load(starts + request)
     after = tl.load(starts + tl.minimum(request + 1, b))
+    if WIDTH > 0:
+        before += (position - before) // WIDTH * WIDTH
+        after = tl.minimum(after, before + WIDTH)
     return position, tl.where(after - position < position - before, after, before)
 
 
@@ -84,24 +92,26 @@ def cut(part, starts, b, active, total, SEARCH_STEPS: tl.constexpr):
 @triton.jit(do_not_specialize=["b", "parts"])
 def plan_parts_kernel(
     starts,  # [b + 1] int64
-    tile_scheduler_metadata,  # [parts, 8] int32
+    tile_scheduler_metadata,  # [parts, 8] int32, with CHUNK [parts, 16]
     stays_whole,  # [1] int32: whether no request is split
     b,
     parts,
     OVERHEAD: tl.constexpr,
     SLACK: tl.constexpr,
+    CHUNK: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,  # enough bisections for b + 1 candidates
     BLOCK: tl.constexpr,  # at least parts
 ):
     part = tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
     total = tl.load(starts + b)
     active = tl.minimum(parts.to(tl.int64), total)
-    begin, near_begin = cut(part, starts, b, active, total, SEARCH_STEPS)
-    end, near_end = cut(part + 1, starts, b, active, total, SEARCH_STEPS)
+    WIDTH: tl.constexpr = OVERHEAD + CHUNK if CHUNK > 0 else 0
+    begin, near_begin = cut(part, starts, b, active, total, SEARCH_STEPS, WIDTH)
+    end, near_end = cut(part + 1, starts, b, active, total, SEARCH_STEPS, WIDTH)
 
-    # Requests stay whole if that makes no part much longer than an equal share.
+    # Requests stay whole if that makes no part much longer than an equal share. Chunks always do.
     share = (total + active - 1) // tl.maximum(active, 1)
-    whole = tl.max(near_end - near_begin) <= share + SLACK
+    whole = (CHUNK > 0) | (tl.max(near_end - near_begin) <= share + SLACK)
     tl.store(stays_whole, whole.to(tl.int32))
     begin = tl.where(whole, near_begin, begin)
     end = tl.where(whole, near_end, end)
@@ -109,21 +119,29 @@ def plan_parts_kernel(
     request = request_at(begin, starts, b, SEARCH_STEPS)
     end_request = request_at(end, starts, b, SEARCH_STEPS)
     start = tl.load(starts + request)
-    # A place within a request's overhead counts as its tile 0.
-    tile = tl.maximum(begin - start - OVERHEAD, 0)
-    end_tile = tl.maximum(end - tl.load(starts + end_request) - OVERHEAD, 0)
-    # Parts before this one that hold tiles of the request it begins in: none at its tile 0.
-    first = last_part_at(start + OVERHEAD, active, tl.maximum(total, 1))
-    begin_split = tl.where(tile > 0, part - first, 0)
+    end_start = tl.load(starts + end_request)
+    if CHUNK > 0:
+        begin_split = (begin - start) // WIDTH
+        tile = begin_split * CHUNK
+        end_tile = (end - end_start) // WIDTH * CHUNK
+    else:
+        # A place within a request's overhead counts as its tile 0.
+        tile = tl.maximum(begin - start - OVERHEAD, 0)
+        end_tile = tl.maximum(end - end_start - OVERHEAD, 0)
+        # Parts before this one that hold tiles of the request it begins in: none at its tile 0.
+        first = last_part_at(start + OVERHEAD, active, tl.maximum(total, 1))
+        begin_split = tl.where(tile > 0, part - first, 0)
 
-    row = tile_scheduler_metadata + part * 8  # [BLOCK] pointers
+    COLUMNS: tl.constexpr = 16 if CHUNK > 0 else 8
+    row = tile_scheduler_metadata + part * COLUMNS  # [BLOCK] pointers
     exists = part < parts
     tl.store(row + 0, request.to(tl.int32), mask=exists)
     tl.store(row + 1, tile.to(tl.int32), mask=exists)
     tl.store(row + 2, end_request.to(tl.int32), mask=exists)
     tl.store(row + 3, end_tile.to(tl.int32), mask=exists)
     tl.store(row + 4, begin_split.to(tl.int32), mask=exists)
-    for unused in range(5, 8):
+    tl.store(row + 5, tl.full([BLOCK], CHUNK, tl.int32), mask=exists)
+    for unused in range(6, COLUMNS):
         tl.store(row + unused, tl.zeros([BLOCK], tl.int32), mask=exists)
 
 
@@ -139,9 +157,10 @@ def plan_splits_kernel(
     b,
     parts,
     OVERHEAD: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # How many parts hold tiles of each request, summed up.
+    # How many parts hold tiles of each request, or how many chunks it has, summed up.
     total = tl.load(starts + b)
     active = tl.minimum(parts.to(tl.int64), total)
     whole = tl.load(stays_whole) != 0
@@ -152,9 +171,12 @@ def plan_splits_kernel(
         exists = request < b
         start = tl.load(starts + request, mask=exists, other=0)
         end = tl.load(starts + request + 1, mask=exists, other=0)
-        first = last_part_at(start + OVERHEAD, active, total)
-        last = last_part_at(end - 1, active, total)
-        splits = tl.where(whole, 1, tl.maximum(last - first + 1, 1))
+        if CHUNK > 0:
+            splits = (end - start + OVERHEAD + CHUNK - 1) // (OVERHEAD + CHUNK)
+        else:
+            first = last_part_at(start + OVERHEAD, active, total)
+            last = last_part_at(end - 1, active, total)
+            splits = tl.where(whole, 1, tl.maximum(last - first + 1, 1))
         splits = tl.where(exists, splits, 0)
         count = used + tl.cumsum(splits)
         tl.store(num_splits + 1 + request, count.to(tl.int32), mask=exists)
@@ -168,34 +190,43 @@ def plan_splits_kernel(
 def get_metadata(
     cache_seqlens: torch.Tensor,
     parts: int,
+    batch_invariant: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The split plan of `flashmla.schedule.plan`, computed where the lengths are.
 
-    cache_seqlens [b] int32. Returns tile_scheduler_metadata [parts, 8] and num_splits [b + 1],
-    int32; `out` holds two such tensors, contiguous, to be rewritten in place. The host waits
-    for nothing, so a CUDA graph can hold the call.
+    cache_seqlens [b] int32. Returns tile_scheduler_metadata [parts, 8], batch-invariant
+    [parts, 16], and num_splits [b + 1], int32; `out` holds two such tensors, contiguous, to be
+    rewritten in place. The host waits for nothing, so a CUDA graph can hold the call.
     """
     b = cache_seqlens.shape[0]
     if out is None:
         out = (
-            torch.empty(parts, 8, dtype=torch.int32, device=cache_seqlens.device),
+            torch.empty(
+                parts,
+                metadata_columns(batch_invariant),
+                dtype=torch.int32,
+                device=cache_seqlens.device,
+            ),
             torch.empty(b + 1, dtype=torch.int32, device=cache_seqlens.device),
         )
     tile_scheduler_metadata, num_splits = out
     starts = torch.empty(b + 1, dtype=torch.int64, device=cache_seqlens.device)
     stays_whole = torch.empty(1, dtype=torch.int32, device=cache_seqlens.device)
+    chunk = CHUNK if batch_invariant else 0
     with on_device(cache_seqlens.device):
         plan_starts_kernel[(1,)](
-            cache_seqlens, starts, b, OVERHEAD=OVERHEAD, TILE=TILE, BLOCK=PLAN_BLOCK
+            cache_seqlens, starts, b, OVERHEAD=OVERHEAD, CHUNK=chunk, TILE=TILE, BLOCK=PLAN_BLOCK
         )
         plan_parts_kernel[(1,)](
             starts, tile_scheduler_metadata, stays_whole, b, parts, OVERHEAD=OVERHEAD,
-            SLACK=SLACK, SEARCH_STEPS=b.bit_length(), BLOCK=triton.next_power_of_2(parts),
+            SLACK=SLACK, CHUNK=chunk, SEARCH_STEPS=b.bit_length(),
+            BLOCK=triton.next_power_of_2(parts),
         )  # fmt: skip
         plan_splits_kernel[(1,)](
-            starts, stays_whole, num_splits, b, parts, OVERHEAD=OVERHEAD, BLOCK=PLAN_BLOCK
-        )
+            starts, stays_whole, num_splits, b, parts, OVERHEAD=OVERHEAD, CHUNK=chunk,
+            BLOCK=PLAN_BLOCK,
+        )  # fmt: skip
     return tile_scheduler_metadata, num_splits
 
 
@@ -208,10 +239,12 @@ def combine_kernel(
     out_partial,  # [slots, s_q, h_q, d] float32
     lse_partial,  # [slots, h_q, s_q] float32
     num_splits,  # [b + 1] int32
+    attn_sink,  # [h_q] float32; not read unless HAS_SINK
     out,  # [b, s_q, h_q, d]
     lse,  # [b, h_q, s_q] float32
     s_q,
     h_q,
+    HAS_SINK: tl.constexpr,
     D: tl.constexpr,
 ):
     # One program for one row, that is one (request, query, head).
@@ -246,6 +279,8 @@ def combine_kernel(
     divisor = tl.where(nothing, 1.0, weight_sum)
     result = acc / divisor  # [D]
     row_lse = tl.where(nothing, float("inf"), best + tl.log(divisor))
+    if HAS_SINK:  # last: what a sink has scaled cannot be merged
+        result *= sink_share(row_lse, tl.load(attn_sink + head))
     out_at = out + ((request * s_q + query) * h_q + head) * D + d
     tl.store(out_at, result.to(out.dtype.element_ty))
     tl.store(lse + (request * h_q + head) * s_q + query, row_lse)
@@ -260,18 +295,21 @@ def combine(
     num_splits: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    attn_sink: torch.Tensor | None = None,
 ) -> None:
-    """Merges the splits of each request into `out` and `lse`, in place.
+    """Merges the splits of each request into `out` and `lse`, in place, then applies the sink.
 
     out_partial [slots, s_q, h_q, d] and lse_partial [slots, h_q, s_q] float32, split k of
     request r at slot num_splits[r] + k; out [b, s_q, h_q, d], lse [b, h_q, s_q] float32; all
-    contiguous, d a power of two. Requests of one split are left as they are.
+    contiguous, d a power of two; attn_sink [h_q] float32. Requests of one split are left as they
+    are.
     """
     b, s_q, h_q, d = out.shape
     with on_device(out.device):
         combine_kernel[(b * s_q * h_q,)](
-            out_partial, lse_partial, num_splits, out, lse, s_q, h_q, D=d, num_warps=4
-        )
+            out_partial, lse_partial, num_splits, lse if attn_sink is None else attn_sink, out, lse,
+            s_q, h_q, HAS_SINK=attn_sink is not None, D=d, num_warps=4,
+        )  # fmt: skip
 
 
 # region: merge_state_kernel

@@ -25,14 +25,16 @@ LENGTHS = {
 }
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 33, 66, 132])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_plan_equals_python(name: str, parts: int) -> None:
+def test_plan_equals_python(name: str, parts: int, batch_invariant: bool) -> None:
     lengths = LENGTHS[name]
     seqlens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    arguments = (seqlens, parts, batch_invariant)
     with backend.use_backend("cuda"):
-        plan, num_splits = backend.call("split_kv.get_metadata", seqlens.device, seqlens, parts)
-    want_plan, want_splits = schedule.plan(np.array(lengths), parts)
+        plan, num_splits = backend.call("split_kv.get_metadata", seqlens.device, *arguments)
+    want_plan, want_splits = schedule.plan(np.array(lengths), parts, batch_invariant)
     assert_identical("tile_scheduler_metadata", plan, want_plan)
     assert_identical("num_splits", num_splits, want_splits)
 
