@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from flashmla.settings import setting
+
 __all__ = [
     "TIERS",
     "calls",
@@ -32,8 +34,10 @@ __all__ = [
     "forced_backend",
     "implementation",
     "last_tier",
+    "record",
     "refresh",
     "same_backend",
+    "shortcut",
     "tier_for",
     "use_backend",
 ]
@@ -86,7 +90,7 @@ def forced_backend() -> str | None:
     """The one tier asked for by :func:`use_backend` or ``FLASHMLA_BACKEND``, None if neither."""
     forced = _forced.get()
     if forced is None:
-        named = os.environ.get("FLASHMLA_BACKEND")
+        named = setting("FLASHMLA_BACKEND")
         forced = _checked_name(named, "FLASHMLA_BACKEND") if named else None
     return forced
 
@@ -103,12 +107,35 @@ def call(op: str, device: torch.device, *args: Any) -> Any:
         RuntimeError: no tier that may be used can serve the call; the message gives the reasons.
     """
     tier, function, _ = _select(op, device, args)
+    record(op, tier)
+    return function(*args)
+
+
+def record(op: str, tier: str) -> None:
+    """Count a call of an operation as served by a tier."""
     served = calls.setdefault(op, {})
     if tier not in served:
         _note_first(op, tier)
-    served[tier] = served.get(tier, 0) + 1
+        served[tier] = 0
+    served[tier] += 1
     _last[op] = tier
-    return function(*args)
+
+
+def shortcut(op: str, device: torch.device) -> Callable[..., Any] | None:
+    """The CUDA tier's ``try_<function>``, where that tier comes first and nothing forbids it.
+
+    Such a function takes arguments that nobody has checked, and returns None, with nothing done,
+    unless it could serve them. Whoever succeeds with it reports so to :func:`record`.
+    """
+    if forced_backend() not in (None, "cuda"):
+        return None
+    if setting("FLASHMLA_REQUIRE_TIER") not in (None, "", "cuda"):
+        return None
+    stage, name = op.split(".")
+    tier, module = _route(stage, device, None)[0]
+    if tier != "cuda" or isinstance(module, str):
+        return None
+    return getattr(module, f"try_{name}", None)
 
 
 def implementation(op: str, device: torch.device | str) -> Callable[..., Any]:
@@ -254,7 +281,7 @@ def _has_cuda_kernel(op: str) -> bool:
 
 
 def _demand_required_tier(op: str, tier: str, refused: list[tuple[str, str]]) -> None:
-    required = os.environ.get("FLASHMLA_REQUIRE_TIER")
+    required = setting("FLASHMLA_REQUIRE_TIER")
     if required and tier != required and _has_cuda_kernel(op):
         reasons = "; ".join(f"the {name} tier {why}" for name, why in refused)
         raise RuntimeError(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Sequence
 
 import torch
+
+from flashmla.settings import setting
 
 __all__ = [
     "check_block_table",
@@ -36,7 +37,7 @@ __all__ = [
 
 def values_wanted() -> bool:
     """True when ``FLASHMLA_CHECK`` asks for checks of values on the device."""
-    return os.environ.get("FLASHMLA_CHECK", "0") not in ("", "0") and not _compiling()
+    return not _compiling() and setting("FLASHMLA_CHECK") not in (None, "", "0")
 
 
 def _compiling() -> bool:

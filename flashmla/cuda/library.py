@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 from flashmla.cuda import build as builder
+from flashmla.settings import setting
 
 __all__ = ["available", "load"]
 
@@ -33,7 +33,7 @@ def load() -> Any:
     Raises:
         flashmla.cuda.build.BuildError: it is not built and cannot be.
     """
-    return _load(os.environ.get("FLASHMLA_LIBRARY"), os.environ.get("FLASHMLA_CACHE_DIR"))
+    return _load(setting("FLASHMLA_LIBRARY"), setting("FLASHMLA_CACHE_DIR"))
 
 
 @functools.cache

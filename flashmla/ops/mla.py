@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashmla import backend
 from flashmla.checks import (
     check_block_table,
     check_bool,
@@ -28,6 +29,8 @@ well."""
 
 HEAD_DIM_V = 512
 """The latent dimensions, which are the values too."""
+
+_DEFAULT_SCALES = {d_qk: d_qk**-0.5 for d_qk in (HEAD_DIM_QK, HEAD_DIM_V)}
 
 
 def _fake_dense_decode(
@@ -138,6 +141,14 @@ def flash_mla_with_kvcache(
     Source: ``flashmla/torch/mla.py``, ``flashmla/triton/mla.py``, ``csrc/sm90/dense_decode/``;
     sparse: ``flashmla/torch/dsa.py``.
     """
+    if not torch.compiler.is_compiling() and indices is None and is_fp8_kvcache is False:
+        if extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None:
+            results = _try_dense_decode(
+                q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata,
+                num_splits, softmax_scale, causal, attn_sink,
+            )  # fmt: skip
+            if results is not None:
+                return results
     extras = {
         "extra_k_cache": extra_k_cache,
         "extra_indices_in_kvcache": extra_indices_in_kvcache,
@@ -172,6 +183,46 @@ def flash_mla_with_kvcache(
         q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, scale, causal,
         attn_sink,
     )  # fmt: skip
+
+
+def _try_dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    head_dim_v: int,
+    plan: Tensor | SplitPlan | None,
+    num_splits: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    attn_sink: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """A dense call in good order on a Hopper card, which the kernels' library checks by itself.
+
+    Checking here, argument by argument, takes longer than launching the kernels. None, and nothing
+    done, if anything at all is not as usual: the checks below then say what, or let it pass.
+    """
+    if not isinstance(q, Tensor) or not q.is_cuda or q.dim() != 4 or values_wanted():
+        return None
+    kernel = backend.shortcut("mla.dense_decode", q.device)
+    scale = _DEFAULT_SCALES.get(q.shape[3]) if softmax_scale is None else softmax_scale
+    if kernel is None or type(scale) is not float or type(causal) is not bool:
+        return None
+    if type(head_dim_v) is not int or head_dim_v != HEAD_DIM_V:
+        return None
+    if type(plan) is SplitPlan:
+        if num_splits is not None or type(cache_seqlens) is not Tensor:
+            return None
+        ready = plan.ready(cache_seqlens)
+        if ready is None:
+            return None
+        plan, num_splits = ready
+    results: tuple[Tensor, Tensor] | None = kernel(
+        q, k_cache, block_table, cache_seqlens, plan, num_splits, scale, causal, attn_sink
+    )
+    if results is not None:
+        backend.record("mla.dense_decode", "cuda")
+    return results
 
 
 def _check_sparse_plan(
