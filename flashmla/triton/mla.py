@@ -32,7 +32,7 @@ from flashmla.triton.split_kv import combine
 
 
 # region: dense_decode_kernel
-@triton.jit(do_not_specialize=["b", "slots", "num_blocks", "max_blocks"])
+@triton.jit(do_not_specialize=["b", "num_slots", "num_blocks", "max_blocks"])
 def dense_decode_kernel(
     q,  # [b, s_q, h_q, d_qk]
     k_cache,  # [blocks, page, h_kv, d_qk]
@@ -53,7 +53,7 @@ def dense_decode_kernel(
     k_stride_head,
     table_stride,
     b,
-    slots,
+    num_slots,
     s_q,
     h_q,
     group,  # query heads to a KV head
@@ -180,7 +180,7 @@ def dense_decode_kernel(
                 tl.store(lse + lse_row, row_lse, mask=row_exists)
             else:
                 slot64 = tl.cast(slot, tl.int64)
-                writes = row_exists & (slot >= 0) & (slot < slots)  # [M]
+                writes = row_exists & (slot >= 0) & (slot < num_slots)  # [M]
                 out_row = (slot64 * s_q + query) * h_q + head  # [M], into [slots, s_q, h_q]
                 lse_row = (slot64 * h_q + head) * s_q + query  # [M], into [slots, h_q, s_q]
                 tl.store(out_partial + out_row[:, None] * D_V + d_v, result, mask=writes[:, None])
