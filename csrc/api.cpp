@@ -1,5 +1,6 @@
 // What Python calls: each function unpacks tensors and launches kernels on the caller's stream.
 // Arguments were checked in flashmla/ops; what is checked again here guards memory.
+#include <algorithm>
 #include <climits>
 
 #include "common/ffi.h"
@@ -9,24 +10,16 @@
 namespace flashmla {
 namespace {
 
-// cache_seqlens [b]; plan [parts, 8], with chunk_tiles > 0 [parts, 16]; num_splits [b + 1]; int32
-void get_metadata(TensorView cache_seqlens, TensorView plan, TensorView num_splits,
-                  int64_t chunk_tiles) {
-  require(plan.ndim() == 2 && plan.size(1) == sm90::kPlanColumns * (chunk_tiles > 0 ? 2 : 1),
-          "plan must be [parts, 8], or [parts, 16] with chunks");
-  require(num_splits.size(0) == cache_seqlens.size(0) + 1, "num_splits must be [b + 1]");
-  const DeviceGuard guard(cache_seqlens.device());
-  sm90::launch_plan(data<int>(cache_seqlens), data<int>(plan), data<int>(num_splits),
-                    size32(cache_seqlens, 0), size32(plan, 0), static_cast<int>(chunk_tiles),
-                    guard.stream());
-}
-
 constexpr int kHeadDimV = 512;
 constexpr DLDataType kInt32{kDLInt, 32, 1};
 constexpr DLDataType kFloat32{kDLFloat, 32, 1};
 
 bool same(DLDataType a, DLDataType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+bool same(DLDevice a, DLDevice b) {
+  return a.device_type == b.device_type && a.device_id == b.device_id;
 }
 
 // A stride that the copy engine takes: a multiple of 16 bytes, and not 0; of one entry, any.
@@ -36,6 +29,30 @@ bool tma_stride(int64_t size, int64_t stride) {
 
 bool aligned(const TensorView& t) {
   return reinterpret_cast<uintptr_t>(data<char>(t)) % 16 == 0;
+}
+
+// The split plan, the tensors' checks included: false, and nothing launched, if they are not what
+// is written here. cache_seqlens [b], b > 0; plan [parts, 8], with chunk_tiles > 0 [parts, 16];
+// num_splits [b + 1]; all int32 and contiguous, on one device
+bool get_metadata(TensorView cache_seqlens, TensorView plan, TensorView num_splits,
+                  int64_t chunk_tiles) {
+  const DLDevice device = cache_seqlens.device();
+  const auto is = [&](const TensorView& t, int ndim) {
+    return t.ndim() == ndim && same(t.dtype(), kInt32) && same(t.device(), device) &&
+           t.IsContiguous();
+  };
+  if (device.device_type != kDLCUDA || !is(cache_seqlens, 1) || !is(plan, 2) ||
+      !is(num_splits, 1) || cache_seqlens.size(0) == 0 ||
+      num_splits.size(0) != cache_seqlens.size(0) + 1 || !aligned(plan) || plan.size(0) < 1 ||
+      plan.size(0) > sm90::kMaxParts ||
+      plan.size(1) != sm90::kPlanColumns * (chunk_tiles > 0 ? 2 : 1)) {
+    return false;
+  }
+  const DeviceGuard guard(device);
+  sm90::launch_plan(data<int>(cache_seqlens), data<int>(plan), data<int>(num_splits),
+                    size32(cache_seqlens, 0), size32(plan, 0), static_cast<int>(chunk_tiles),
+                    guard.stream());
+  return true;
 }
 
 // q [b, s_q, h_q, d_qk] seen as [b * h_kv, rows, d_qk], the rows that share a KV head side by side;
@@ -79,15 +96,15 @@ String dense_decode_refuses(int64_t page_block_size, int64_t d_qk, bool sink, bo
 //
 // q [b, s_q, h_q, d_qk], or as pack_rows() has it; k_cache [pages, page_block_size, h_kv, d_qk];
 // block_table [b, max_blocks]; cache_seqlens [b]; plan [parts, 8 or 16]; num_splits [b + 1];
-// attn_sink [h_q]; out [b, s_q, h_q, 512]; lse [b, h_q, s_q]; slots: partial results at most
+// attn_sink [h_q]; out [b, s_q, h_q, 512]; lse [b, h_q, s_q]. A plan [parts, 16] has chunks of
+// chunk_tiles.
 bool dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
                   TensorView cache_seqlens, TensorView plan, TensorView num_splits,
-                  Optional<TensorView> attn_sink, TensorView out, TensorView lse, int64_t slots,
-                  double softmax_scale, bool causal) {
+                  Optional<TensorView> attn_sink, TensorView out, TensorView lse,
+                  int64_t chunk_tiles, double softmax_scale, bool causal) {
   const DLDevice device = q.device();
   const auto is = [&](const TensorView& t, DLDataType dtype, int ndim) {
-    return t.ndim() == ndim && same(t.dtype(), dtype) && t.device().device_id == device.device_id &&
-           t.device().device_type == device.device_type &&
+    return t.ndim() == ndim && same(t.dtype(), dtype) && same(t.device(), device) &&
            (t.size(ndim - 1) <= 1 || t.stride(ndim - 1) == 1);
   };
   const DLDataType half = q.dtype();
@@ -152,17 +169,20 @@ bool dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
   a.out = data<void>(out);
   a.lse = data<float>(lse);
 
-  // A plan of one part splits nothing. Memory for partial results comes from the caller's allocator
-  // and goes back to it at the end, on the caller's stream: torch would take longer from Python.
+  // A plan of one part splits nothing; else a cut adds one piece at most, and a request has no more
+  // chunks than its block table has room for. Memory for partial results comes from the caller's
+  // allocator and goes back to it at the end, on the caller's stream: quicker than from Python.
   const bool splits = a.shape.parts > 1 || chunked;
   a.partials = {};
   Optional<Tensor> workspace;
   if (splits) {
-    require(slots >= (chunked ? b : b + a.shape.parts) && slots <= INT_MAX, "wrong slots");
+    const int64_t chunk = std::max<int64_t>(1, chunk_tiles) * sm90::kTileTokens;
+    const int64_t most_chunks = std::max<int64_t>(1, (a.max_blocks * page + chunk - 1) / chunk);
+    const int64_t slots = chunked ? b * most_chunks : b + a.shape.parts;
+    require(slots <= INT_MAX, "the block table has room for too many partial results");
     const int64_t rows = slots * h_kv * a.shape.rows();
     const int64_t shape[2] = {rows, kHeadDimV + 1};
-    workspace =
-        Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, tvm::ffi::ShapeView(shape, 2), kFloat32, device);
+    workspace = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ShapeView(shape, 2), kFloat32, device);
     float* const partial_out = static_cast<float*>((*workspace).data_ptr());
     a.partials = {partial_out, partial_out + rows * kHeadDimV, static_cast<int>(slots)};
   }

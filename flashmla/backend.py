@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from flashmla import settings
+from flashmla.checks import values_wanted
 from flashmla.settings import setting
 
 __all__ = [
@@ -54,6 +56,9 @@ _forced: ContextVar[str | None] = ContextVar("flashmla_backend", default=None)
 _last: dict[str, str] = {}
 _logged: set[tuple[str, str, str]] = set()
 _modules: dict[tuple[str, str], ModuleType | str] = {}
+_shortcuts: dict[
+    tuple[str, torch.device], tuple[tuple[object, ...], Callable[..., Any] | None]
+] = {}
 _routes: dict[tuple[str, torch.device], list[tuple[str, ModuleType | str]]] = {}
 
 
@@ -122,12 +127,21 @@ def record(op: str, tier: str) -> None:
 
 
 def shortcut(op: str, device: torch.device) -> Callable[..., Any] | None:
-    """The CUDA tier's ``try_<function>``, where that tier comes first and nothing forbids it.
+    """The CUDA tier's quick way through an operation, where that tier comes first, values are not
+    to be checked and nothing else forbids it; None if there is none.
 
-    Such a function takes arguments that nobody has checked, and returns None, with nothing done,
-    unless it could serve them. Whoever succeeds with it reports so to :func:`record`.
+    It takes arguments that nobody has checked, and returns None, with nothing done, unless it could
+    serve them. Whoever succeeds with it reports so to :func:`record`.
     """
-    if forced_backend() not in (None, "cuda"):
+    state = (_forced.get(), settings.state())
+    known = _shortcuts.get((op, device))
+    if known is None or known[0] != state:
+        known = _shortcuts[op, device] = state, _find_shortcut(op, device)
+    return known[1]
+
+
+def _find_shortcut(op: str, device: torch.device) -> Callable[..., Any] | None:
+    if forced_backend() not in (None, "cuda") or values_wanted():
         return None
     if setting("FLASHMLA_REQUIRE_TIER") not in (None, "", "cuda"):
         return None
@@ -135,7 +149,8 @@ def shortcut(op: str, device: torch.device) -> Callable[..., Any] | None:
     tier, module = _route(stage, device, None)[0]
     if tier != "cuda" or isinstance(module, str):
         return None
-    return getattr(module, f"try_{name}", None)
+    bind: Callable[[], Callable[..., Any]] | None = getattr(module, f"quick_{name}", None)
+    return bind() if bind else None
 
 
 def implementation(op: str, device: torch.device | str) -> Callable[..., Any]:
@@ -163,6 +178,7 @@ def refresh() -> None:
     """Forget which tiers were found unable to run: after building kernels in this process."""
     _modules.clear()
     _routes.clear()
+    _shortcuts.clear()
     _logged.clear()
     _capability.cache_clear()
 

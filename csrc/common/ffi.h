@@ -13,6 +13,7 @@
 namespace flashmla {
 
 using tvm::ffi::Optional;
+using tvm::ffi::ShapeView;
 using tvm::ffi::String;
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;

@@ -5,13 +5,15 @@ Source: ``csrc/sm90/dense_decode/``, ``csrc/sm90/combine.cu``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from flashmla.cuda.library import load
-from flashmla.schedule import MAX_PARTS, METADATA_COLUMNS, max_slots
+from flashmla.schedule import CHUNK, METADATA_COLUMNS
 
-__all__ = ["dense_decode", "try_dense_decode"]
+__all__ = ["dense_decode", "quick_dense_decode"]
 
 HEAD_DIM_V = 512
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-125, 2.0**125
@@ -33,71 +35,59 @@ def dense_decode(
 ) -> tuple[Tensor, Tensor]:
     """(out [b, s_q, h_q, 512], lse [b, h_q, s_q] float32) from q [b, s_q, h_q, d_qk] and a cache
     [blocks, page, h_kv, d_qk], both bfloat16 or float16."""
-    arguments = (k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    results = _launch(q, q, *arguments, softmax_scale, causal, attn_sink)
-    if results is None:  # q's rows are scattered, or begin at no multiple of 16 bytes
-        rows = _packed_rows(q, k_cache.shape[2])
-        results = _launch(q, rows, *arguments, softmax_scale, causal, attn_sink)
-    if results is None:
-        raise RuntimeError("flashmla: the kernel refuses a call that was checked; please report it")
-    return results
-
-
-def try_dense_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    attn_sink: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """The same from tensors that nobody has looked at: the library checks them in one go.
-
-    None, and nothing is launched, if they are not what the kernel takes as it is; then the caller
-    has to find out what is wrong, if anything.
-    """
-    for tensor in (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits):
-        if type(tensor) is not Tensor:
-            return None
-    if attn_sink is not None and type(attn_sink) is not Tensor:
-        return None
-    sizes = (q.dim(), k_cache.dim(), block_table.dim(), tile_scheduler_metadata.dim())
-    if sizes != (4, 4, 2, 2) or tile_scheduler_metadata.shape[0] > MAX_PARTS:
-        return None
-    if not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
-        return None
-    return _launch(
-        q, q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits,
-        softmax_scale, causal, attn_sink,
-    )  # fmt: skip
-
-
-def _launch(
-    q: Tensor,
-    rows: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    attn_sink: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """rows is q, or q's rows packed. Results are allocated here and checked with the rest."""
+    kernel = load().dense_decode
     b, s_q, h_q, _ = q.shape
-    # As methods and with sizes one by one, which is how torch is quickest.
     out = q.new_empty(b, s_q, h_q, HEAD_DIM_V)
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
-    room = block_table.shape[1] * k_cache.shape[1]
-    launched = load().dense_decode(
-        rows, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink,
-        out, lse, max_slots(tile_scheduler_metadata.shape, b, room), softmax_scale, causal,
+    arguments = (
+        k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink,
+        out, lse, CHUNK, softmax_scale, causal,
     )  # fmt: skip
-    return (out, lse) if launched else None
+    # The second time q's rows were scattered, or began at no multiple of 16 bytes.
+    if not kernel(q, *arguments) and not kernel(_packed_rows(q, k_cache.shape[2]), *arguments):
+        raise RuntimeError("flashmla: the kernel refuses a call that was checked; please report it")
+    return out, lse
+
+
+def quick_dense_decode() -> Callable[..., tuple[Tensor, Tensor] | None]:
+    """Dense decode of tensors that nobody has looked at, bound to the library as it is now.
+
+    The library checks everything in one go. The result is None, and nothing is launched, if
+    the kernel cannot take the tensors as they are; what is wrong, if anything, somebody else has to
+    find out.
+    """
+    kernel = load().dense_decode
+
+    def run(
+        q: Tensor,
+        k_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        tile_scheduler_metadata: Tensor,
+        num_splits: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        attn_sink: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        # No subclasses: they may stand for something else than memory.
+        if not (
+            type(q) is type(k_cache) is type(block_table) is type(cache_seqlens)
+            is type(tile_scheduler_metadata) is type(num_splits) is Tensor
+        ) or (attn_sink is not None and type(attn_sink) is not Tensor):  # fmt: skip
+            return None
+        if not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
+            return None
+        b, s_q, h_q, _ = q.shape
+        # As methods and with sizes one by one, which is how torch is quickest.
+        out = q.new_empty(b, s_q, h_q, HEAD_DIM_V)
+        lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+        launched = kernel(
+            q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink,
+            out, lse, CHUNK, softmax_scale, causal,
+        )  # fmt: skip
+        return (out, lse) if launched else None
+
+    return run
 
 
 def _packed_rows(q: Tensor, h_kv: int) -> Tensor:

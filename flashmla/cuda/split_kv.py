@@ -5,13 +5,15 @@ Source: ``csrc/sm90/scheduler.cu``, ``csrc/sm90/combine.cu``, ``csrc/sm90/merge_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from flashmla.cuda.library import load
 from flashmla.schedule import CHUNK, metadata_columns
 
-__all__ = ["get_metadata", "merge_state"]
+__all__ = ["get_metadata", "merge_state", "quick_get_metadata"]
 
 
 def get_metadata(
@@ -22,14 +24,36 @@ def get_metadata(
 ) -> tuple[Tensor, Tensor]:
     """(tile_scheduler_metadata [parts, 8 or 16], num_splits [b + 1]), int32, for lengths [b]."""
     if out is None:
-        device = cache_seqlens.device
-        columns = metadata_columns(batch_invariant)
-        out = (
-            torch.empty((parts, columns), dtype=torch.int32, device=device),
-            torch.empty(cache_seqlens.shape[0] + 1, dtype=torch.int32, device=device),
-        )
-    load().get_metadata(cache_seqlens, *out, CHUNK if batch_invariant else 0)
+        metadata = cache_seqlens.new_empty(parts, metadata_columns(batch_invariant))
+        out = metadata, cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
+    if not load().get_metadata(cache_seqlens, *out, CHUNK if batch_invariant else 0):
+        raise RuntimeError("flashmla: the kernel refuses a plan that was checked; please report it")
     return out
+
+
+def quick_get_metadata() -> Callable[..., tuple[Tensor, Tensor] | None]:
+    """The plan from tensors that nobody has looked at, bound to the library as it is now.
+
+    The library checks them in one go; None, and nothing is launched, if they are not in order.
+    """
+    kernel = load().get_metadata
+
+    def run(
+        cache_seqlens: Tensor, parts: int, batch_invariant: bool, out: object
+    ) -> tuple[Tensor, Tensor] | None:
+        if out is None:
+            metadata = cache_seqlens.new_empty(parts, metadata_columns(batch_invariant))
+            num_splits = cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
+        elif type(out) is tuple and len(out) == 2:
+            metadata, num_splits = out
+            if not type(metadata) is type(num_splits) is Tensor or metadata.shape[:1] != (parts,):
+                return None
+        else:
+            return None
+        launched = kernel(cache_seqlens, metadata, num_splits, CHUNK if batch_invariant else 0)
+        return (metadata, num_splits) if launched else None
+
+    return run
 
 
 def merge_state(

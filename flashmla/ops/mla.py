@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from flashmla import backend
 from flashmla.checks import (
@@ -141,7 +142,7 @@ def flash_mla_with_kvcache(
     Source: ``flashmla/torch/mla.py``, ``flashmla/triton/mla.py``, ``csrc/sm90/dense_decode/``;
     sparse: ``flashmla/torch/dsa.py``.
     """
-    if not torch.compiler.is_compiling() and indices is None and is_fp8_kvcache is False:
+    if indices is None and is_fp8_kvcache is False and not is_compiling():
         if extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None:
             results = _try_dense_decode(
                 q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata,
@@ -202,7 +203,7 @@ def _try_dense_decode(
     Checking here, argument by argument, takes longer than launching the kernels. None, and nothing
     done, if anything at all is not as usual: the checks below then say what, or let it pass.
     """
-    if not isinstance(q, Tensor) or not q.is_cuda or q.dim() != 4 or values_wanted():
+    if type(q) is not Tensor or not q.is_cuda or q.dim() != 4:
         return None
     kernel = backend.shortcut("mla.dense_decode", q.device)
     scale = _DEFAULT_SCALES.get(q.shape[3]) if softmax_scale is None else softmax_scale

@@ -9,6 +9,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from flashmla import backend, schedule
 from flashmla.checks import (
@@ -99,7 +100,7 @@ class SplitPlan:
             batch,
             device,
         )
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self._checked = metadata, num_splits, batch, device
         return metadata, num_splits
 
@@ -136,7 +137,7 @@ class SplitPlan:
             ValueError: the very tensor of lengths that the plan was made from has been written
                 since. That much the host knows; other staleness ``FLASHMLA_CHECK=1`` finds.
         """
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if self.empty:
             metadata, num_splits = get_mla_metadata(
                 cache_seqlens,
@@ -259,6 +260,13 @@ def get_mla_metadata(
 
     Source: ``flashmla/schedule.py``, ``csrc/sm90/scheduler.cu``, ``flashmla/triton/split_kv.py``.
     """
+    if type(cache_seqlens) is Tensor and cache_seqlens.is_cuda and not is_compiling():
+        plan = _try_get_metadata(
+            cache_seqlens, num_q_tokens_per_head_k, num_heads_k, num_heads_q, is_fp8_kvcache, topk,
+            batch_invariant, out,
+        )  # fmt: skip
+        if plan is not None:
+            return out or plan
     check_bool("batch_invariant", batch_invariant)
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         others = {"num_heads_q": num_heads_q, "topk": topk, "out": out}
@@ -279,7 +287,7 @@ def get_mla_metadata(
     if num_heads_q is not None:
         check_int("num_heads_q", num_heads_q, 1)
     check_bool("is_fp8_kvcache", is_fp8_kvcache)
-    if cache_seqlens.device.type == "meta" and not torch.compiler.is_compiling():
+    if cache_seqlens.device.type == "meta" and not is_compiling():
         raise ValueError("cache_seqlens must be on a device that holds its values, got meta")
     if values_wanted():
         check_range("cache_seqlens", cache_seqlens, 0, _LARGEST_INT32, "a length")
@@ -296,12 +304,43 @@ def get_mla_metadata(
     if out is None:
         metadata, num_splits = _get_metadata(*arguments)
         return metadata, num_splits
-    if torch.compiler.is_compiling():
+    if is_compiling():
         for tensor, fresh in zip(out, _get_metadata(*arguments), strict=True):
             tensor.copy_(fresh)
     else:
         backend.call("split_kv.get_metadata", cache_seqlens.device, *arguments, out)
     return out
+
+
+def _try_get_metadata(
+    cache_seqlens: Tensor,
+    rows: int | None,
+    heads: int | None,
+    num_heads_q: int | None,
+    is_fp8_kvcache: bool,
+    topk: int | None,
+    batch_invariant: bool,
+    out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor] | None:
+    """A plan on a Hopper card whose tensors the kernels' library checks by itself; None, and
+    nothing done, if anything is not as usual."""
+    if topk is not None or len(cache_seqlens.shape) != 1:
+        return None
+    if not (type(rows) is type(heads) is int and rows > 0 and heads > 0):
+        return None
+    if num_heads_q is not None and (type(num_heads_q) is not int or num_heads_q < 1):
+        return None
+    if not type(is_fp8_kvcache) is type(batch_invariant) is bool:
+        return None
+    device = cache_seqlens.device
+    kernel = backend.shortcut("split_kv.get_metadata", device)
+    if kernel is None:
+        return None
+    parts = schedule.num_parts(rows, heads, num_sms(device))
+    plan: tuple[Tensor, Tensor] | None = kernel(cache_seqlens, parts, batch_invariant, out)
+    if plan is not None:
+        backend.record("split_kv.get_metadata", "cuda")
+    return plan
 
 
 def _check_out(out: object, parts: int, cache_seqlens: Tensor, batch_invariant: bool) -> None:
@@ -343,7 +382,7 @@ def check_plan_tensors(
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
     # The kernels read a part's row in pieces of 16 bytes. Tensors being traced have no address.
-    if not torch.compiler.is_compiling() and metadata.data_ptr() % _ROW_ALIGNMENT:
+    if not is_compiling() and metadata.data_ptr() % _ROW_ALIGNMENT:
         raise ValueError(
             f"{metadata_name} must begin at a multiple of {_ROW_ALIGNMENT} bytes, got one that "
             f"begins {metadata.data_ptr() % _ROW_ALIGNMENT} bytes behind; call .clone()"

@@ -1,0 +1,188 @@
+"""The quick way through dense decode on a card: the kernels' library looks at the arguments itself.
+
+What is in order takes it and gives what the slow way gives; what is not is found out by the slow
+way, with its messages, before anything is launched.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from cases import DecodeCase, moved
+from test_ops_mla import BAD_DENSE, BAD_METADATA, arguments
+
+import flashmla
+from flashmla import backend
+from flashmla.lab.check import assert_identical, assert_lse_close, assert_out_close
+from flashmla.ops import mla, split_kv
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+def on_card(value):
+    """The same argument on the card; tensors on meta and what is no tensor stay what they are."""
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+        return moved(value, DEVICE)
+    if isinstance(value, tuple | list):
+        return type(value)(on_card(x) for x in value)
+    return value
+
+
+def call(given):
+    return flashmla.flash_mla_with_kvcache(**given)
+
+
+def good(plan_object: bool = False, **changes):
+    given = {name: on_card(value) for name, value in arguments().items()}
+    plan = flashmla.get_mla_metadata(given["cache_seqlens"], 8, 1)
+    given |= {"tile_scheduler_metadata": plan[0], "num_splits": plan[1]}
+    if plan_object:
+        given |= {"tile_scheduler_metadata": flashmla.SplitPlan(), "num_splits": None}
+    return given | changes
+
+
+def refuse(*_, **__):
+    raise AssertionError("took the slow way")
+
+
+def test_good_calls_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_object = good(plan_object=True)
+    calls = [good(), good(causal=True, softmax_scale=0.05, head_dim_v=512), with_object]
+    slow = []
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    for given in calls:
+        slow.append(call(given))
+    monkeypatch.delenv("FLASHMLA_CHECK")
+    call(with_object)  # the call after the one that fills it in still looks at the plan
+    monkeypatch.setattr(mla, "_checked_dense_decode", refuse)
+    monkeypatch.setattr(split_kv, "_get_metadata", refuse)
+    before = backend.calls["mla.dense_decode"]["cuda"]
+    for given, want in zip(calls, slow, strict=True):
+        for name, x, y in zip(("out", "lse"), call(given), want, strict=True):
+            assert_identical(name, x, y)
+    assert backend.calls["mla.dense_decode"]["cuda"] == before + 3
+    lengths = calls[0]["cache_seqlens"]
+    plan = flashmla.get_mla_metadata(lengths, 8, 1)
+    for name, x, y in zip(("metadata", "splits"), plan, list(calls[0].values())[5:7], strict=True):
+        assert_identical(name, x, y)
+    assert flashmla.get_mla_metadata(lengths, 8, 1, 8, False, out=plan) is plan
+
+
+def test_what_forbids_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = good()
+    call(given)
+    monkeypatch.setattr(mla, "_checked_dense_decode", refuse)
+    call(given)
+    for name, value in (("FLASHMLA_CHECK", "1"), ("FLASHMLA_BACKEND", "triton")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(AssertionError, match="slow way"):
+                call(given)
+        call(given)
+    with backend.use_backend("torch"), pytest.raises(AssertionError, match="slow way"):
+        call(given)
+    with backend.use_backend("cuda"):
+        call(given)
+
+
+def argument_of(message: str) -> str:
+    """The part of an error message that does not depend on the device: the argument's name."""
+    return message.split(" must")[0].split(" has")[0]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_DENSE, ids=lambda x: str(x)[:24])
+def test_bad_dense_input(changes, error, message) -> None:
+    given = {name: on_card(value) for name, value in arguments(**changes).items()}
+    with pytest.raises(error, match=argument_of(message)):
+        call(given)
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD_METADATA)
+def test_bad_metadata_input(args, kwargs, error, message) -> None:
+    kwargs = {name: on_card(value) for name, value in kwargs.items()}
+    with pytest.raises(error, match=argument_of(message)):
+        flashmla.get_mla_metadata(*map(on_card, args), **kwargs)
+
+
+def test_tensors_of_another_kind_of_memory() -> None:
+    """One tensor left on the CPU, of another type, scattered, cut short: named, each of them."""
+    tensors = ["k_cache", "block_table", "cache_seqlens", "tile_scheduler_metadata", "num_splits"]
+    for name in tensors:
+        given = good()
+        for change, error in (
+            (lambda x: x.cpu(), ValueError),
+            (lambda x: x.double(), TypeError),
+            (lambda x: x[None], ValueError),
+            (lambda x: x.repeat_interleave(2, -1)[..., ::2], ValueError),
+            (lambda x: None, TypeError),
+        ):
+            with pytest.raises(error, match=name):
+                call(given | {name: change(given[name])})
+
+
+@pytest.mark.parametrize("what", ["heads apart", "tokens apart", "begins askew", "a parameter"])
+def test_queries_that_only_the_slow_way_takes(what: str) -> None:
+    case = DecodeCase("scattered", (700, 64, 1), s_q=2, h_q=16, causal=True, strided=False, seed=11)
+    inputs = case.build(DEVICE)
+    plan = flashmla.get_mla_metadata(inputs.cache_seqlens, 32, 1)
+    q = inputs.q
+    if what == "heads apart":
+        q = torch.cat([q, q], -1)[..., :576]
+    elif what == "tokens apart":
+        q = torch.stack([q, q], 2)[:, :, 1]
+    elif what == "begins askew":
+        q = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)
+    else:
+        q = torch.nn.Parameter(q)
+    with backend.use_backend("cuda"):
+        out, lse = flashmla.flash_mla_with_kvcache(
+            q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, *plan, causal=True
+        )
+    want_out, want_lse = inputs.expected()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+
+
+def test_threads_on_streams_of_their_own() -> None:
+    """Eight threads decode at the same time, each its own problem on its own stream."""
+    problems = []
+    for i in range(8):
+        case = DecodeCase("thread", (200 + 300 * i, 64 * i, 1, 3000), h_q=16 * (i + 1), seed=i)
+        inputs = case.build(DEVICE)
+        plan = flashmla.get_mla_metadata(inputs.cache_seqlens, case.h_q, 1)
+        arguments = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, *plan)
+        problems.append((arguments, flashmla.flash_mla_with_kvcache(*arguments)))
+    torch.cuda.synchronize()
+    differing: list[int] = []
+
+    def work(number: int) -> None:
+        arguments, want = problems[number]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [flashmla.flash_mla_with_kvcache(*arguments) for _ in range(50)]
+            torch.cuda.current_stream().synchronize()
+        if not all(torch.equal(x, y) for got in results for x, y in zip(got, want, strict=True)):
+            differing.append(number)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert differing == []
+
+
+def test_memory_for_partial_results_goes_back() -> None:
+    inputs = DecodeCase("memory", (5000,), h_q=128, seed=12).build(DEVICE)
+    plan = flashmla.get_mla_metadata(inputs.cache_seqlens, 128, 1)
+    arguments = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, *plan)
+    out, lse = flashmla.flash_mla_with_kvcache(*arguments)
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        out, lse = flashmla.flash_mla_with_kvcache(*arguments)
+    assert torch.cuda.memory_allocated() == before
+    del out, lse
+    rounded = 512 * 128 * 2 + 512  # allocations are multiples of 512 bytes
+    assert torch.cuda.memory_allocated() == before - rounded
