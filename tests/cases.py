@@ -189,7 +189,7 @@ class DecodeInputs:
 
 _HALF = torch.float16
 
-# Small enough for a CPU.  CUDA's dense decode takes pages of 64 only: see `with_page`.
+# Small enough for a CPU.
 DECODE_CASES: tuple[DecodeCase, ...] = (
     DecodeCase("plain", seed=1),
     DecodeCase("fp16", dtype=_HALF, h_q=8, seed=2),
@@ -227,11 +227,6 @@ DECODE_CASES: tuple[DecodeCase, ...] = (
 )
 
 
-def with_page(page: int, cases: tuple[DecodeCase, ...] = DECODE_CASES) -> list[DecodeCase]:
-    """The cases whose cache has pages of this size."""
-    return [case for case in cases if case.page == page]
-
-
 def varied_lengths(b: int, mean: int, std: float, seed: int, least: int = 1) -> tuple[int, ...]:
     """b lengths, normal around a mean, none below `least`."""
     lengths = np.random.default_rng(seed).normal(mean, std, b)
@@ -247,7 +242,30 @@ def large_decode_cases() -> list[DecodeCase]:
         for h_q in (1, 2, 7, 8, 16, 24, 32, 48, 64, 65, 96, 127, 128)
         for s_q, dtype in ((1, dtypes[0]), (2, dtypes[1]), (5, dtypes[0]))
     ]  # fmt: skip
-    return heads + [
+    pages = [
+        DecodeCase(f"page_{page}_h{h_q}", (*LENGTHS, page - 1, page, page + 1, 1000, 4097), 2, h_q,
+                   page=page, causal=True, seed=400 + page + h_q)
+        for page in (16, 32, 64, 128, 256)
+        for h_q in (16, 128)
+    ]  # fmt: skip
+    return [*heads, *pages] + [
+        DecodeCase("sink_large", (*LENGTHS, 5000), 2, 128, causal=True, sink=True, seed=500),
+        DecodeCase("sink_whole", (2000,) * 132, 1, 16, sink=True, seed=501),
+        DecodeCase("no_rope_large", (*LENGTHS, 5000), 2, 128, causal=True, d_qk=512, seed=502),
+        DecodeCase(
+            "no_rope_sink_page_32", (*LENGTHS, 3000), 1, 24, page=32, d_qk=512, sink=True, seed=503
+        ),
+        DecodeCase(
+            "gqa_2_sink_fp16",
+            (*LENGTHS, 3000),
+            2,
+            64,
+            2,
+            causal=True,
+            sink=True,
+            dtype=_HALF,
+            seed=504,
+        ),
         DecodeCase("gqa_2", (*LENGTHS, 3000), 2, 128, 2, causal=True, seed=300),
         DecodeCase("gqa_4_not_causal", (*LENGTHS, 3000), 3, 64, 4, seed=301),
         DecodeCase("kv_head_each_large", (*LENGTHS, 700), 1, 16, 16, seed=302),
