@@ -81,10 +81,13 @@ def quick_dense_decode() -> Callable[..., tuple[Tensor, Tensor] | None]:
         # As methods and with sizes one by one, which is how torch is quickest.
         out = q.new_empty(b, s_q, h_q, HEAD_DIM_V)
         lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
-        launched = kernel(
-            q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink,
-            out, lse, CHUNK, softmax_scale, causal,
-        )  # fmt: skip
+        try:
+            launched = kernel(
+                q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits,
+                attn_sink, out, lse, CHUNK, softmax_scale, causal,
+            )  # fmt: skip
+        except RuntimeError:  # what torch does not hand over: tensors on meta, sparse ones
+            return None
         return (out, lse) if launched else None
 
     return run

@@ -50,7 +50,10 @@ def quick_get_metadata() -> Callable[..., tuple[Tensor, Tensor] | None]:
                 return None
         else:
             return None
-        launched = kernel(cache_seqlens, metadata, num_splits, CHUNK if batch_invariant else 0)
+        try:
+            launched = kernel(cache_seqlens, metadata, num_splits, CHUNK if batch_invariant else 0)
+        except RuntimeError:  # what torch does not hand over: tensors on meta, sparse ones
+            return None
         return (metadata, num_splits) if launched else None
 
     return run

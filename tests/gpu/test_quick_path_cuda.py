@@ -37,6 +37,7 @@ def call(given):
 
 def good(plan_object: bool = False, **changes):
     given = {name: on_card(value) for name, value in arguments().items()}
+    given["q"] = given["q"].contiguous()
     plan = flashmla.get_mla_metadata(given["cache_seqlens"], 8, 1)
     given |= {"tile_scheduler_metadata": plan[0], "num_splits": plan[1]}
     if plan_object:
