@@ -87,6 +87,26 @@ def test_lengths_beyond_the_table_stay_inside_it():
         torch.testing.assert_close(got, expected)
 
 
+def test_bits_do_not_depend_on_the_batch():
+    lengths = (1025, 0, 3000, 64, 1024, 1)
+    x = DecodeCase("alone", lengths, 2, 8, causal=True, strided=False, seed=78).build()
+
+    def chosen(requests, parts):
+        rows = torch.tensor(requests)
+        lengths = x.cache_seqlens[rows]
+        plan = split_kv.get_metadata(lengths, parts, batch_invariant=True)
+        return mla.dense_decode(
+            x.q[rows], x.k_cache, x.block_table[rows], lengths, 512, *plan, 0.04, True
+        )
+
+    alone = [chosen([request], 132) for request in range(len(lengths))]
+    for order, parts in (([5, 4, 3, 2, 1, 0], 132), ([2, 2, 0, 3] * 3, 7), ([4, 2], 1)):
+        out, lse = chosen(order, parts)
+        for at, request in enumerate(order):
+            assert_identical("out", out[at], alone[request][0][0])
+            assert_identical("lse", lse[at], alone[request][1][0])
+
+
 def test_a_cache_without_pages():
     inputs = DecodeCase("none", (0, 0), h_q=2, seed=1).build()
     out, lse = decode(dataclasses.replace(inputs, k_cache=inputs.k_cache[:0]), 4)

@@ -1,0 +1,313 @@
+"""Runs compute-sanitizer over every CUDA kernel of ours, on small shapes, on a Hopper card.
+
+    python tools/sanitize.py                               # memcheck and racecheck, every operation
+    python tools/sanitize.py --tools memcheck --ops mla.dense_decode dsa.topk
+
+Each operation runs in a process of its own under each tool, every tensor an allocation of its own,
+so that memcheck sees what torch's allocator would hide; only kernels of the namespace flashmla are
+checked. The inputs are those of the tests: what must not be read is NaN, what points nowhere points
+far away. A report of racecheck is not always a race: the tool knows mbarriers and copies of the
+tensor memory accelerator only in part. Whatever it says of a kernel is explained in its NOTES.md.
+
+The sanitizer comes with CUDA's toolkit, or by pip install nvidia-cuda-sanitizer-api.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+FOUND = 99  # exit code of the sanitizer when it has found something
+NO_KERNEL = 98  # exit code of a worker whose operation has no CUDA kernel
+
+
+# ---- what runs under the sanitizer -------------------------------------------------------------
+
+
+def dense_decode(device: str) -> None:
+    """Whole and split requests, both kinds of plan, sink, RoPE or none, every page size."""
+    from cases import DecodeCase
+
+    import flashmla
+    from flashmla.cuda import library
+
+    few = (0, 1, 65, 130)
+    cases = [
+        DecodeCase("few_heads", few, h_q=16),
+        DecodeCase("odd_heads", few, h_q=24, s_q=2, causal=True),
+        DecodeCase("two_row_tiles", (700, 3), h_q=128),
+        DecodeCase("two_kv_heads", (65, 0), h_q=8, h_kv=2, s_q=2, causal=True),
+        DecodeCase("split", (2100, 64), h_q=64),
+        DecodeCase("sink", (1100, 0, 5), h_q=64, sink=True),
+        DecodeCase("no_rope", (1100, 65), h_q=64, d_qk=512),
+        *(DecodeCase(f"page_{page}", (300, 1), h_q=64, page=page) for page in (16, 32, 128, 256)),
+    ]
+    for case in cases:
+        for batch_invariant in (False, True):
+            x = case.build(device)
+            refuses = library.load().dense_decode_refuses
+            if refuses(case.page, case.d_qk, case.sink, batch_invariant):
+                print(f"{case.name}, batch_invariant={batch_invariant}: not taken by the kernel")
+                continue
+            rows = case.s_q * case.h_q // case.h_kv
+            plan = flashmla.get_mla_metadata(
+                x.cache_seqlens, rows, case.h_kv, batch_invariant=batch_invariant
+            )
+            flashmla.flash_mla_with_kvcache(
+                x.q, x.k_cache, x.block_table, x.cache_seqlens, 512, *plan,
+                causal=case.causal, attn_sink=x.attn_sink,
+            )  # fmt: skip
+
+
+def get_metadata(device: str) -> None:
+    import torch
+
+    import flashmla
+
+    for lengths in ([0], [1], [5000, 0, 64, 131072], [i % 130 for i in range(700)]):
+        for batch_invariant in (False, True):
+            seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
+            flashmla.get_mla_metadata(seqlens, 128, 1, batch_invariant=batch_invariant)
+
+
+def merge_state(device: str) -> None:
+    import torch
+
+    import flashmla
+
+    for shape, dtype in (((3, 5, 512), torch.bfloat16), ((7, 33), torch.float32)):
+        out = torch.randn(shape, device=device).to(dtype)
+        lse = torch.randn(shape[:-1], device=device)
+        flashmla.merge_state(out, lse, out, lse + 1)
+
+
+def fp8_cache(device: str) -> None:
+    """Packing, unpacking and appending, of latents and of the indexer's keys."""
+    import torch
+
+    from flashmla import fp8
+
+    x = torch.randn(70, 576, device=device).bfloat16()
+    slots = torch.tensor([*range(60, 129), -1], device=device)
+    cache = torch.zeros(3, 64, 1, 656, dtype=torch.uint8, device=device)
+    fp8.append(cache, slots, x)
+    fp8.unpack(cache)
+    fp8.pack(x, False)
+    fp8.index_pack(x[:, :128].contiguous())
+    keys = torch.zeros(3, 64, 1, 132, dtype=torch.uint8, device=device)
+    fp8.index_append(keys, slots, x[:, :128].contiguous())
+
+
+def paged_append(device: str) -> None:
+    import torch
+
+    import flashmla
+
+    cache = flashmla.PagedKVCache(num_pages=4, device=device)
+    sequence = cache.allocate(torch.randn(70, 576, device=device).bfloat16())
+    cache.append(sequence, torch.randn(3, 576, device=device).bfloat16())
+
+
+def indexer(device: str) -> None:
+    import torch
+
+    import flashmla
+
+    q, k = (
+        torch.randn(shape, device=device).to(torch.float8_e4m3fn)
+        for shape in ((70, 64, 128), (333, 128))
+    )
+    weights, scale = torch.randn(70, 64, device=device), torch.rand(333, device=device)
+    start = torch.zeros(70, dtype=torch.int32, device=device)
+    end = torch.arange(70, dtype=torch.int32, device=device) * 5 - 10
+    flashmla.indexer_logits(q, k, scale, weights, start, end.clamp(0, 333))
+    cache = torch.zeros(6, 64, 1, 132, dtype=torch.uint8, device=device)
+    table = torch.tensor([[5, 2, 2147480000], [0, 1, 3]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([100, 190], dtype=torch.int32, device=device)
+    flashmla.indexer_logits_paged(
+        q[:4].view(2, 2, 64, 128), cache, weights[:4].view(2, 2, 64), table, lengths
+    )
+
+
+def topk(device: str) -> None:
+    import torch
+
+    import flashmla
+
+    for columns, k in ((3000, 2048), (70, 100), (5, 1), (40_000, 512)):
+        logits = torch.randn(3, columns, device=device)
+        logits[1, ::3] = float("-inf")
+        logits[2, ::2] = float("nan")
+        lengths = torch.tensor([columns, 7, 0], dtype=torch.int32, device=device)
+        flashmla.topk(logits, min(k, columns), lengths.clamp(max=columns))
+
+
+def sparse_decode(device: str) -> None:
+    from cases import SPARSE_DECODE_CASES
+
+    import flashmla
+
+    for case in SPARSE_DECODE_CASES:
+        if case.fp8:
+            x = case.build(device)
+            flashmla.flash_mla_with_kvcache(
+                x.q, x.k_cache, None, None, 512, None, is_fp8_kvcache=True, indices=x.indices,
+                attn_sink=x.attn_sink, topk_length=x.topk_length,
+            )  # fmt: skip
+
+
+def sparse_prefill(device: str) -> None:
+    from cases import SPARSE_PREFILL_CASES
+
+    import flashmla
+
+    for case in SPARSE_PREFILL_CASES:
+        x = case.build(device)
+        flashmla.flash_mla_sparse_fwd(
+            x.q, x.kv, x.indices, x.scale, 512, x.attn_sink, x.topk_length
+        )
+
+
+def prefill(device: str) -> None:
+    """Forward and, where there is a kernel for it, backward."""
+    import torch
+    from cases import PREFILL_CASES
+
+    import flashmla
+    from flashmla import backend
+
+    backward = backend.tier_for("mha.backward", device) == "cuda"
+    for case in PREFILL_CASES:
+        x = case.build(device)
+        leaves = [t.detach().requires_grad_(backward) for t in (x.q, x.k, x.v)]
+        out, _ = flashmla.flash_attn_varlen_func(
+            *leaves, x.cu_seqlens_qo, x.cu_seqlens_kv, x.max_seqlen_qo, x.max_seqlen_kv,
+            softmax_scale=x.scale, causal=case.causal,
+        )  # fmt: skip
+        if backward:
+            torch.autograd.grad(out, leaves, x.d_out)
+
+
+BODIES: dict[str, Callable[[str], None]] = {
+    "split_kv.get_metadata": get_metadata,
+    "mla.dense_decode": dense_decode,
+    "split_kv.merge_state": merge_state,
+    "fp8.pack": fp8_cache,
+    "paged_kv.append": paged_append,
+    "dsa.indexer_logits": indexer,
+    "dsa.topk": topk,
+    "dsa.sparse_decode": sparse_decode,
+    "dsa.sparse_prefill": sparse_prefill,
+    "mha.forward": prefill,
+}
+"""What to run, by the operation whose tier says whether there is a kernel to check."""
+
+
+def work(op: str) -> int:
+    """The process that the sanitizer watches."""
+    import torch
+
+    from flashmla import backend
+
+    torch.manual_seed(0)
+    if backend.tier_for(op, "cuda") != "cuda":
+        return NO_KERNEL
+    BODIES[op]("cuda")
+    torch.cuda.synchronize()
+    served = {name: sorted(tiers) for name, tiers in backend.calls.items()}
+    print(f"served: {served}")
+    return 0
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+def find_sanitizer() -> str | None:
+    """On the PATH, in the toolkit, or in NVIDIA's package for pip."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    places = [Path(home) / "bin" for home in homes if home]
+    places += [Path(entry) / "nvidia" / "cu13" / "bin" for entry in sys.path if entry]
+    known = [shutil.which("compute-sanitizer")]
+    known += [str(place / "compute-sanitizer") for place in places]
+    return next((path for path in known if path and Path(path).is_file()), None)
+
+
+def run(sanitizer: str, tool: str, op: str, log: Path, limit: int) -> tuple[str, float]:
+    """Checks one operation with one tool; what came of it, and after how many seconds."""
+    options = ["--tool", tool, "--error-exitcode", str(FOUND), "--kernel-name", "kns=flashmla"]
+    if tool == "racecheck":
+        options += ["--racecheck-report", "all"]
+    command = [sanitizer, *options, sys.executable, __file__, "--work", op]
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }
+    begun = time.monotonic()
+    with open(log, "w", encoding="utf-8") as file:
+        try:
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=limit
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"not done within {limit} s", time.monotonic() - begun
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return verdict(code, text), time.monotonic() - begun
+
+
+def verdict(code: int, text: str) -> str:
+    """clean, no kernel, or what the tool counted."""
+    if code == NO_KERNEL:
+        return "no CUDA kernel"
+    counted = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
+    if code == 0 and counted and not re.search(r"[1-9]", counted[-1]):
+        return "clean"
+    return counted[-1] if counted and code == FOUND else f"failed with exit code {code}"
+
+
+def results(arguments: argparse.Namespace, sanitizer: str) -> Iterator[str]:
+    """Runs everything asked for; what is not clean, one line each."""
+    for op in arguments.ops:
+        for tool in arguments.tools:
+            log = arguments.logs / f"{op}-{tool}.log"
+            said, seconds = run(sanitizer, tool, op, log, arguments.limit)
+            print(f"{op:24s} {tool:10s} {seconds:5.0f} s  {said}", flush=True)
+            if said == "no CUDA kernel":
+                break
+            if said != "clean":
+                yield f"{op} under {tool}: {said} ({log})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=["memcheck", "racecheck"])
+    parser.add_argument("--ops", nargs="+", choices=BODIES, default=list(BODIES))
+    parser.add_argument("--sanitizer", help="the program compute-sanitizer")
+    parser.add_argument("--logs", type=Path, default=ROOT / ".cache" / "sanitize")
+    parser.add_argument("--limit", type=int, default=600, help="seconds for one run")
+    parser.add_argument("--work", choices=BODIES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        return work(arguments.work)
+    sanitizer = arguments.sanitizer or find_sanitizer()
+    if sanitizer is None:
+        print("no compute-sanitizer: pip install nvidia-cuda-sanitizer-api, or --sanitizer PATH")
+        return 2
+    arguments.logs.mkdir(parents=True, exist_ok=True)
+    unclean = list(results(arguments, sanitizer))
+    for line in unclean:
+        print(line)
+    return 1 if unclean else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
