@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from flashmla import schedule
-from flashmla.lab import figures, figures_paged_kv, figures_roofline, figures_split_kv
+from flashmla.lab import (
+    figures,
+    figures_dsa,
+    figures_fp8,
+    figures_paged_kv,
+    figures_roofline,
+    figures_split_kv,
+)
 from flashmla.reference import split_kv
 
 LENGTHS = ([4096], [6000, 300, 0, 2500, 40, 900], [0, 0, 0], [640] * 12, [65, 0, 10_000, 64])
@@ -130,6 +137,76 @@ def test_kv_bytes_are_written_beside_their_bars():
 def test_predicted_and_measured_wants_one_value_a_case():
     with pytest.raises(ValueError, match="one entry a case each"):
         figures.predicted_and_measured(["a"], [1.0], [1.0, 2.0], "µs", "x")
+
+
+def test_byte_map_is_to_scale():
+    figure = figures_fp8.byte_map()
+    widths = [round(box.get_width()) for box in figure.axes[0].patches]
+    assert widths == [1024, 128, 128, 128, 128, 128, 16, 128]
+    starts = [round(box.get_x()) for box in figure.axes[0].patches]
+    assert starts == [0, 1024, 0, 128, 256, 384, 512, 528]
+    assert drawn(figure)
+
+
+def test_values_of_shows_finite_positive_values_only():
+    rows = {"a": np.array([-1.0, 0.0, 2.0, np.nan, np.inf]), "b": np.array([4.0])}
+    figure = figures_fp8.values_of(rows, "t")
+    assert [line.get_xdata().tolist() for line in figure.axes[0].lines] == [[2.0], [4.0]]
+    assert drawn(figure)
+
+
+def test_part_errors_have_a_bar_for_each_choice_and_layer():
+    errors = {"NoPE": {"l0": 0.1, "l1": 0.2}, "RoPE": {"l0": 0.3, "l1": 0.4}}
+    figure = figures_fp8.part_errors(errors, "t")
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [0.1, 0.3, 0.2, 0.4]
+    assert drawn(figure)
+
+
+def test_error_panels_share_their_scale():
+    panels = {"a": {"e4m3": [0.1, 0.2]}, "b": {"e4m3": [0.001, 3.0]}}
+    figure = figures_fp8.error_by_tile([8, 128], panels, ["8", "128"])
+    left, right = figure.axes
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] < 0.001 and left.get_ylim()[1] > 3.0
+    assert drawn(figure)
+
+
+def test_cache_memory_is_in_gigabytes():
+    figure = figures_fp8.cache_memory([4096, 65536], {"a": 10**6, "b": 10**5}, 16e9, "t")
+    lines = figure.axes[0].lines
+    assert list(lines[0].get_ydata()) == [4.096, 65.536]
+    assert list(lines[2].get_ydata()) == [16.0, 16.0]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["4k", "16k", "64k"]
+    assert drawn(figure)
+
+
+def test_mass_by_k_has_a_panel_a_layer_and_a_line_a_way():
+    lines = {"best": [0.5, 0.9], "window": [0.1, 0.2]}
+    figure = figures_dsa.mass_by_k([16, 64], {"layer 0": lines, "layer 1": lines})
+    for axes in figure.axes:
+        assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.9], [0.1, 0.2]]
+    assert [label.get_text() for label in figure.legends[0].get_texts()] == ["best", "window"]
+    assert drawn(figure)
+
+
+def test_selected_text_puts_each_weight_behind_its_letter():
+    weights = torch.tensor([0.0, 0.25, 0.0, 1.0, 0.0])
+    figure = figures_dsa.selected_text(b"ab\ncd", {"t": weights}, width=3)
+    (axes,) = figure.axes
+    cells = axes.images[0].get_array()
+    assert cells.tolist() == [[0.0, 0.5, 0.0], [1.0, 0.0, 0.0]]
+    letters = {text.get_position(): text.get_text() for text in axes.texts}
+    assert letters == {(0, 0): "a", (1, 0): "b", (0, 1): "c", (1, 1): "d"}
+    assert drawn(figures_dsa.selected_text(b"text " * 80, {"t": np.ones(400)}))
+
+
+def test_time_by_context_draws_measured_beside_predicted():
+    predicted = {"dense": [1.0, 4.0], "sparse": [2.0, 3.0]}
+    figure = figures_dsa.time_by_context([512, 2048], {"dense": [5.0, 6.0]}, predicted, "t")
+    drawn_lines = [list(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata())]
+    assert drawn_lines == [[1.0, 4.0], [5.0, 6.0], [2.0, 3.0]]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["512", "2k"]
+    assert drawn(figure)
 
 
 def test_style_does_not_leak():

@@ -140,7 +140,7 @@ def test_better_words_cost_no_training(tmp_path):
     def code(source: str) -> bytes:
         path = tmp_path / "source.py"
         path.write_text(source)
-        return training._code(path)
+        return training.code_of(path)
 
     plain = code("def f(x):\n    return x + 1\n")
     assert plain == code('"""Module."""\ndef f(x):\n    """Adds."""\n    return x + 1  # one\n')

@@ -326,12 +326,18 @@ def canary(run: Run) -> None:
 
 
 def lesson_model(run: Run) -> None:
-    """Trains the lessons' small language model once per user, apart from the notebooks' time."""
+    """Trains the lessons' small language model and its indexers once per user, apart from the
+    notebooks' time."""
     if not (ROOT / "flashmla" / "lab" / "model.py").exists():
         return
     run.step("the lessons' language model (trained once, then cached)")
     begun = time.monotonic()
-    run.call("-c", "from flashmla.lab.model import load; load()")
+    script = (
+        "from flashmla.lab import environment, indexer, model; "
+        "trained = model.load(environment.device()); "
+        "[indexer.load(trained, indexer.recipe_for(trained, relu=relu)) for relu in (True, False)]"
+    )
+    run.call("-c", script)
     run.note(f"model: ready after {time.monotonic() - begun:.0f} s")
 
 

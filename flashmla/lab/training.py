@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,14 +115,14 @@ def weights_path(config: ModelConfig | None = None, recipe: Recipe | None = None
     for part in (config or ModelConfig(), recipe or Recipe()):
         digest.update(json.dumps(dataclasses.asdict(part), sort_keys=True).encode())
     for path in (model_source.__file__, text.__file__, __file__):
-        digest.update(_code(Path(path)))
+        digest.update(code_of(Path(path)))
     digest.update(text.corpus())
     digest.update(torch.__version__.encode())
     root = Path(os.environ.get("FLASHMLA_CACHE_DIR") or Path.home() / ".cache" / "flashmla")
     return root / f"lesson-model-{digest.hexdigest()[:16]}.pt"
 
 
-def _code(path: Path) -> bytes:
+def code_of(path: Path) -> bytes:
     """What a source does, without its comments and docstrings: better words cost no training."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -131,11 +132,23 @@ def _code(path: Path) -> bytes:
     return ast.dump(tree).encode()
 
 
+def keep(path: Path, what: dict[str, Any]) -> None:
+    """Save a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(what, file)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
 def load_or_train(config: ModelConfig | None = None, recipe: Recipe | None = None) -> MLALM:
     """The trained model on the CPU, float32: read if it was kept, else trained, then kept.
 
-    The file appears whole or not at all, so two processes that train at once do no harm: the
-    second replaces the first one's file.
+    Two processes that train at once do no harm: the second replaces the first one's file.
     """
     path = weights_path(config, recipe)
     if path.exists():
@@ -146,13 +159,5 @@ def load_or_train(config: ModelConfig | None = None, recipe: Recipe | None = Non
         return model.eval()
     print(f"training the lesson model, about a minute on two cores; it is kept in {path.parent}")
     model = train(config, recipe, report=lambda line: print("  " + line, flush=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"weights": model.state_dict(), "log": model.log}, file)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    keep(path, {"weights": model.state_dict(), "log": model.log})
     return model

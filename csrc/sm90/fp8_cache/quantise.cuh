@@ -52,6 +52,7 @@ __device__ __forceinline__ float scale_of(float largest) {
   return __uint_as_float((__float_as_uint(scale) + 0x007fffffu) & 0x7f800000u);
 }
 
+// region: quantise
 // All 16 lanes of a tile call this together, and the other tile of their warp with them.
 template <bool kPowerOfTwo, class T>
 __device__ __forceinline__ Quantised quantise(const Eight<T>& x) {
@@ -82,5 +83,6 @@ __device__ __forceinline__ Quantised quantise(const Eight<T>& x) {
   }
   return {make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16), scale};
 }
+// endregion: quantise
 
 }  // namespace flashmla::sm90
