@@ -236,11 +236,11 @@ class PagedKVCache:
         if count == 0 or not names:
             return
         self._lay_out(growths)
-        slots = [slot for growth in growths for slot in self._slots(growth)]
+        slots = self._slots(growths, count)
         # Whatever can fail comes before the lists change: until then the new tokens lie in pages
         # or places that no sequence reads.
         mirror = self._mirror([(g.sequence.row, g.length, g.pages) for g in growths])
-        places = torch.tensor(slots, device=self.device)
+        places = slots.to(self.device)
         self._copy_shared(growths)
         self._write(places, rows.flatten(0, 1))
         mirror.write()
@@ -385,11 +385,16 @@ class PagedKVCache:
                     growth.copy = (shared, own)
             growth.pages.extend(take() for _ in range(growth.new_pages))
 
-    def _slots(self, growth: _Growth) -> list[int]:
-        """Where the new tokens go: page * page_size + offset of each."""
-        pages, size = growth.pages, self.page_size
-        positions = range(growth.sequence.length, growth.length)
-        return [pages[at // size] * size + at % size for at in positions]
+    def _slots(self, growths: list[_Growth], count: int) -> Tensor:
+        """Where the new tokens go, page * page_size + offset of each: [b * count] on the host."""
+        size = self.page_size
+        lengths = torch.tensor([growth.sequence.length for growth in growths]).unsqueeze(1)
+        written = [growth.pages[growth.sequence.length // size :] for growth in growths]
+        width = max(len(pages) for pages in written)
+        table = torch.tensor([pages + [0] * (width - len(pages)) for pages in written])
+        positions = lengths + torch.arange(count)  # [b, count]
+        pages = table.gather(1, positions // size - lengths // size)
+        return (pages * size + positions % size).flatten()
 
     def _copy_shared(self, growths: list[_Growth]) -> None:
         for growth in growths:

@@ -17,7 +17,7 @@ DECODE = {
     "HAS_SINK": True, "PLAN_COLUMNS": 8,
 }  # fmt: skip
 PREFILL = {"D_MAIN": 128, "D_REST": 64, "D_V": 128, "CAUSAL": True, "UPCAST": False}
-PACK = {"POWER_OF_TWO": False}
+PACK = {"POWER_OF_TWO": False, "TOKENS": 4}
 PLAN = {"OVERHEAD": schedule.OVERHEAD, "CHUNK": 0}
 PLAN_PARTS = PLAN | {"SLACK": schedule.SLACK, "SEARCH_STEPS": 8, "BLOCK": 128}
 
@@ -34,9 +34,9 @@ KERNELS = [
     Kernel("merge_state", "split_kv", "merge_state_kernel", {"D": 512, "ROWS": 4}),
     Kernel("fp8_pack", "fp8", "pack_kernel", PACK | {"HAS_SLOTS": False}),
     Kernel("fp8_append", "fp8", "pack_kernel", PACK | {"HAS_SLOTS": True}),
-    Kernel("fp8_unpack", "fp8", "unpack_kernel"),
+    Kernel("fp8_unpack", "fp8", "unpack_kernel", {"TOKENS": 4}),
     Kernel("index_append", "fp8", "index_pack_kernel", PACK | {"HAS_SLOTS": True}),
-    Kernel("paged_append", "paged_kv", "append_kernel", {"BLOCK": 1024}),
+    Kernel("paged_append", "paged_kv", "append_kernel", {"TOKENS": 4, "BLOCK": 64}),
 ]
 FP16 = [
     Kernel("decode_fp16", "mla", "dense_decode_kernel", DECODE, rows=64, dtype="fp16"),

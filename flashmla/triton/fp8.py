@@ -14,7 +14,11 @@ import triton.language as tl
 
 from flashmla.fp8 import BYTES_PER_TOKEN, HEAD_DIM, INDEX_DIM, INDEX_PAGE
 from flashmla.triton.common import on_device
-from flashmla.triton.paged_kv import find_slot
+from flashmla.triton.paged_kv import find_slots
+
+# Tokens that a program takes.
+PACK_TOKENS = 4
+INDEX_TOKENS = 16
 
 TILES = tl.constexpr(4)
 TILE = tl.constexpr(128)
@@ -46,12 +50,12 @@ def e4m3_codes(quotients):
 # region: quantise
 @triton.jit
 def quantise(x, POWER_OF_TWO: tl.constexpr):
-    """x [T, 128] float32 -> codes [T, 128] int32, bits of the scales [T] int32.
+    """x [..., 128] float32 -> codes [..., 128] int32, bits of the scales [...] int32.
 
     A tile that holds NaN or an infinity gets the scale NaN and codes that are NaN.
     """
     # Absolute values compare like their bits, with NaN above all.
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # [T]
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1)  # [...]
     lost = largest >= INFINITY_BITS
     largest = tl.where(lost, 0, largest).to(tl.float32, bitcast=True)
     scale = tl.div_rn(tl.maximum(largest, 1e-4), tl.full(largest.shape, 448.0, tl.float32))
@@ -59,8 +63,8 @@ def quantise(x, POWER_OF_TWO: tl.constexpr):
         # Carry the mantissa into the exponent, then drop it.
         bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & INFINITY_BITS
         scale = bits.to(tl.float32, bitcast=True)
-    codes = e4m3_codes(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)))
-    codes = tl.where(lost[:, None], 0x7F, codes)
+    codes = e4m3_codes(tl.div_rn(x, tl.broadcast_to(tl.expand_dims(scale, -1), x.shape)))
+    codes = tl.where(tl.expand_dims(lost, -1), 0x7F, codes)
     return codes, tl.where(lost, NAN_BITS, scale.to(tl.int32, bitcast=True))
 
 
@@ -80,7 +84,7 @@ def bf16_bits(x):
 
 
 # region: pack_kernel
-@triton.jit(do_not_specialize=["page", "capacity"])
+@triton.jit(do_not_specialize=["n", "page", "capacity"])
 def pack_kernel(
     x,  # [n, 576]
     slots,  # [n] int32 or int64, or anything without HAS_SLOTS
@@ -90,27 +94,31 @@ def pack_kernel(
     x_stride,
     stride_block,  # bytes
     stride_token,  # bytes
+    n,
     page,
     capacity,  # blocks * page
     POWER_OF_TWO: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a program
 ):
-    # One program for one token.
-    token = tl.program_id(0).to(tl.int64)
-    slot = find_slot(slots, token, capacity, HAS_SLOTS)
-    if slot < 0:
-        return
-    row = slot // page * stride_block + slot % page * stride_token  # bytes
+    token, slot = find_slots(slots, n, capacity, HAS_SLOTS, TOKENS)  # [N]
+    kept = slot >= 0  # [N]
+    row = slot // page * stride_block + slot % page * stride_token  # [N], bytes
 
     tile = tl.arange(0, TILES)  # [T]
     place = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [T, 128]
-    values = tl.load(x + token * x_stride + place).to(tl.float32)
-    nope, scale_bits = quantise(values, POWER_OF_TWO)
-    tl.store(codes + row + place, nope.to(tl.uint8))
-    tl.store(scales + (row + SCALES_AT) // 4 + tile, scale_bits)
+    at = (token * x_stride)[:, None, None] + place[None, :, :]  # [N, T, 128]
+    values = tl.load(x + at, mask=kept[:, None, None], other=0.0).to(tl.float32)
+    nope, scale_bits = quantise(values, POWER_OF_TWO)  # [N, T, 128], [N, T]
+    at = row[:, None, None] + place[None, :, :]
+    tl.store(codes + at, nope.to(tl.uint8), mask=kept[:, None, None])
+    at = ((row + SCALES_AT) // 4)[:, None] + tile[None, :]
+    tl.store(scales + at, scale_bits, mask=kept[:, None])
     column = tl.arange(0, ROPE)  # [64]
-    values = tl.load(x + token * x_stride + NOPE + column).to(tl.float32)
-    tl.store(rope + (row + ROPE_AT) // 2 + column, bf16_bits(values).to(tl.int16))
+    at = (token * x_stride + NOPE)[:, None] + column[None, :]  # [N, 64]
+    values = tl.load(x + at, mask=kept[:, None], other=0.0).to(tl.float32)
+    at = ((row + ROPE_AT) // 2)[:, None] + column[None, :]
+    tl.store(rope + at, bf16_bits(values).to(tl.int16), mask=kept[:, None])
 
 
 # endregion: pack_kernel
@@ -129,35 +137,43 @@ def e4m3_values(codes):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["inner"])
+@triton.jit(do_not_specialize=["n", "inner"])
 def unpack_kernel(
     codes,  # [outer, inner, 656] uint8: the cache
     scales,  # [outer, inner, 164] int32: the same bytes
     rope,  # [outer, inner, 328] int16: the same bytes
-    values,  # [outer * inner, 576] float32
+    values,  # [n, 576] float32
     stride_outer,  # bytes
     stride_inner,  # bytes
+    n,  # outer * inner
     inner,
+    TOKENS: tl.constexpr,  # of a program
 ):
-    # One program for one token.
-    token = tl.program_id(0).to(tl.int64)
-    row = token // inner * stride_outer + token % inner * stride_inner  # bytes
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [N]
+    exists = token < n  # [N]
+    row = token // inner * stride_outer + token % inner * stride_inner  # [N], bytes
     tile = tl.arange(0, TILES)  # [T]
     place = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [T, 128]
-    scale = tl.load(scales + (row + SCALES_AT) // 4 + tile).to(tl.float32, bitcast=True)  # [T]
-    nope = e4m3_values(tl.load(codes + row + place).to(tl.int32)) * scale[:, None]
-    tl.store(values + token * (NOPE + ROPE) + place, nope)
+    out = values + token * (NOPE + ROPE)  # [N] pointers
+
+    at = ((row + SCALES_AT) // 4)[:, None] + tile[None, :]  # [N, T]
+    scale = tl.load(scales + at, mask=exists[:, None], other=0).to(tl.float32, bitcast=True)
+    at = row[:, None, None] + place[None, :, :]  # [N, T, 128]
+    code = tl.load(codes + at, mask=exists[:, None, None], other=0).to(tl.int32)
+    nope = e4m3_values(code) * scale[:, :, None]
+    tl.store(out[:, None, None] + place[None, :, :], nope, mask=exists[:, None, None])
     column = tl.arange(0, ROPE)  # [64]
-    bits = tl.load(rope + (row + ROPE_AT) // 2 + column).to(tl.int32) << 16
-    out = values + token * (NOPE + ROPE) + NOPE + column
-    tl.store(out, bits.to(tl.float32, bitcast=True))
+    at = ((row + ROPE_AT) // 2)[:, None] + column[None, :]  # [N, 64]
+    bits = tl.load(rope + at, mask=exists[:, None], other=0).to(tl.int32) << 16
+    out = (out + NOPE)[:, None] + column[None, :]
+    tl.store(out, bits.to(tl.float32, bitcast=True), mask=exists[:, None])
 
 
 # endregion: unpack_kernel
 
 
 # region: index_pack_kernel
-@triton.jit(do_not_specialize=["page", "capacity"])
+@triton.jit(do_not_specialize=["n", "page", "capacity"])
 def index_pack_kernel(
     x,  # [n, 128]
     slots,  # [n] int32 or int64, or anything without HAS_SLOTS
@@ -165,23 +181,23 @@ def index_pack_kernel(
     scales,  # int32, of block 0: [page]
     x_stride,
     stride_block,  # bytes, a multiple of 4; the same for codes and scales
+    n,
     page,
     capacity,  # blocks * page
     POWER_OF_TWO: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a program
 ):
-    # One program for one token.
-    token = tl.program_id(0).to(tl.int64)
-    slot = find_slot(slots, token, capacity, HAS_SLOTS)
-    if slot < 0:
-        return
+    token, slot = find_slots(slots, n, capacity, HAS_SLOTS, TOKENS)  # [N]
+    kept = slot >= 0  # [N]
     block, offset = slot // page, slot % page
     column = tl.arange(0, TILE)  # [128]
-    values = tl.load(x + token * x_stride + column).to(tl.float32)
-    key, scale_bits = quantise(values[None, :], POWER_OF_TWO)  # [1, 128], [1]
-    place = block * stride_block + offset * TILE + column[None, :]
-    tl.store(codes + place, key.to(tl.uint8))
-    tl.store(scales + block * (stride_block // 4) + offset + tl.arange(0, 1), scale_bits)
+    at = (token * x_stride)[:, None] + column[None, :]  # [N, 128]
+    values = tl.load(x + at, mask=kept[:, None], other=0.0).to(tl.float32)
+    key, scale_bits = quantise(values, POWER_OF_TWO)  # [N, 128], [N]
+    at = (block * stride_block + offset * TILE)[:, None] + column[None, :]
+    tl.store(codes + at, key.to(tl.uint8), mask=kept[:, None])
+    tl.store(scales + block * (stride_block // 4) + offset, scale_bits, mask=kept)
 
 
 # endregion: index_pack_kernel
@@ -206,10 +222,10 @@ def _pack(
     if x.shape[0] == 0 or blocks * page == 0:
         return
     with on_device(cache.device):
-        pack_kernel[(x.shape[0],)](
+        pack_kernel[(triton.cdiv(x.shape[0], PACK_TOKENS),)](
             x, x if slots is None else slots, *_views(cache), x.stride(0), cache.stride(0),
-            cache.stride(1), page, blocks * page, POWER_OF_TWO=power_of_two,
-            HAS_SLOTS=slots is not None, num_warps=1,
+            cache.stride(1), x.shape[0], page, blocks * page, POWER_OF_TWO=power_of_two,
+            HAS_SLOTS=slots is not None, TOKENS=PACK_TOKENS, num_warps=4,
         )  # fmt: skip
 
 
@@ -225,8 +241,9 @@ def unpack(cache: torch.Tensor) -> torch.Tensor:
     values = torch.empty(tokens, HEAD_DIM, dtype=torch.float32, device=cache.device)
     if tokens:
         with on_device(cache.device):
-            unpack_kernel[(tokens,)](
-                *_views(rows), values, rows.stride(0), rows.stride(1), rows.shape[1], num_warps=1,
+            unpack_kernel[(triton.cdiv(tokens, PACK_TOKENS),)](
+                *_views(rows), values, rows.stride(0), rows.stride(1), tokens, rows.shape[1],
+                TOKENS=PACK_TOKENS, num_warps=4,
             )  # fmt: skip
     return values.view(*lead, HEAD_DIM)
 
@@ -261,9 +278,10 @@ def _index_pack(
     power_of_two: bool,
 ) -> None:
     with on_device(x.device):
-        index_pack_kernel[(x.shape[0],)](
-            x, x if slots is None else slots, codes, scales, x.stride(0), stride_block, page,
-            capacity, POWER_OF_TWO=power_of_two, HAS_SLOTS=slots is not None, num_warps=1,
+        index_pack_kernel[(triton.cdiv(x.shape[0], INDEX_TOKENS),)](
+            x, x if slots is None else slots, codes, scales, x.stride(0), stride_block, x.shape[0],
+            page, capacity, POWER_OF_TWO=power_of_two, HAS_SLOTS=slots is not None,
+            TOKENS=INDEX_TOKENS, num_warps=4,
         )  # fmt: skip
 
 

@@ -6,26 +6,31 @@ import triton.language as tl
 
 from flashmla.triton.common import on_device
 
-# Elements that a program moves at a time.
-BLOCK = 1024
+# Tokens of a program, and elements of each that it moves at a time.
+TOKENS = 4
+BLOCK = 64
 
 
-# region: find_slot
+# region: find_slots
 @triton.jit
-def find_slot(slots, token, capacity, HAS_SLOTS: tl.constexpr):
-    """The slot of a token, int64; -1 if it is negative or beyond the cache, and so to be
-    dropped."""
+def find_slots(slots, n, capacity, HAS_SLOTS: tl.constexpr, TOKENS: tl.constexpr):
+    """The tokens of a program and the slots they go to, both int64 [TOKENS].
+
+    The slot is -1 for a token to be dropped, whose slot is negative or beyond the cache, and for
+    one that is not there.
+    """
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     slot = token
     if HAS_SLOTS:
-        slot = tl.load(slots + token).to(tl.int64)
-    return tl.where((slot >= 0) & (slot < capacity), slot, -1)
+        slot = tl.load(slots + token, mask=token < n, other=-1).to(tl.int64)
+    return token, tl.where((token < n) & (slot >= 0) & (slot < capacity), slot, -1)
 
 
-# endregion: find_slot
+# endregion: find_slots
 
 
 # region: append_kernel
-@triton.jit(do_not_specialize=["page", "capacity"])
+@triton.jit(do_not_specialize=["n", "page", "capacity"])
 def append_kernel(
     cache_bits,  # [blocks, page, width] integers
     slots,  # [n] int32 or int64
@@ -33,21 +38,20 @@ def append_kernel(
     stride_block,
     stride_token,
     x_stride,
+    n,
     page,
     capacity,  # blocks * page
     width,
+    TOKENS: tl.constexpr,  # of a program
     BLOCK: tl.constexpr,
 ):
-    # One program for one token.
-    token = tl.program_id(0).to(tl.int64)
-    slot = find_slot(slots, token, capacity, True)
-    if slot < 0:
-        return
-    row = slot // page * stride_block + slot % page * stride_token
+    token, slot = find_slots(slots, n, capacity, True, TOKENS)  # [N]
+    row = slot // page * stride_block + slot % page * stride_token  # [N]
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)  # [BLOCK]
-        values = tl.load(x_bits + token * x_stride + column, mask=column < width)
-        tl.store(cache_bits + row + column, values, mask=column < width)
+        mask = (slot >= 0)[:, None] & (column < width)[None, :]  # [N, BLOCK]
+        values = tl.load(x_bits + (token * x_stride)[:, None] + column[None, :], mask=mask)
+        tl.store(cache_bits + row[:, None] + column[None, :], values, mask=mask)
 
 
 # endregion: append_kernel
@@ -61,7 +65,8 @@ def append(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:
     rows = x.reshape(x.shape[0], heads * d)
     integers = torch.int16 if x.element_size() == 2 else torch.int32
     with on_device(cache.device):
-        append_kernel[(x.shape[0],)](
+        append_kernel[(triton.cdiv(x.shape[0], TOKENS),)](
             cache.view(integers), slots, rows.view(integers), cache.stride(0), cache.stride(1),
-            rows.stride(0), page, blocks * page, heads * d, BLOCK=BLOCK, num_warps=4,
+            rows.stride(0), x.shape[0], page, blocks * page, heads * d, TOKENS=TOKENS,
+            BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

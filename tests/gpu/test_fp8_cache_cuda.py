@@ -213,3 +213,33 @@ def test_the_cache_class_writes_with_the_kernels(fp8_format):
     assert torch.equal(results[DEVICE], results["cpu"])
     op = "fp8.append" if fp8_format else "paged_kv.append"
     assert backend.last_tier(op) == "cuda"
+
+
+def test_values_on_the_card_are_checked_when_asked_for(monkeypatch):
+    """Each mistake is named by its place before a kernel runs."""
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    cache = torch.full((4, 64, 1, 656), 5, dtype=torch.uint8, device=DEVICE)
+    x = torch.zeros(3, 576, device=DEVICE)
+    good = torch.tensor([7, -1, 255], device=DEVICE)
+    for slots, message in (
+        ([7, 256, 1], r"slots\[1] is 256, but a slot"),
+        ([7, 1, 7], r"slots\[2] is 7, as slots\[0] is: slots must differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fp8.append(cache, torch.tensor(slots, device=DEVICE), x)
+    bad = x.clone()
+    bad[2, 575] = float("nan")
+    with pytest.raises(ValueError, match=r"x\[2, 575] is nan, but what is quantised must be fin"):
+        fp8.append(cache, good, bad)
+    assert (cache == 5).all()
+    fp8.append(cache, good, x)
+    q = torch.zeros(1, 1, 16, 576, dtype=torch.bfloat16, device=DEVICE)
+    indices = torch.tensor([[[7, 255, -1]]], dtype=torch.int32, device=DEVICE)
+    flashmla.flash_mla_with_kvcache(
+        q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=indices
+    )
+    cache.view(torch.int32)[3, 63, 0, 129] = -1
+    with pytest.raises(ValueError, match=r"k_cache\[3, 63, 0] has the scale nan in tile 1"):
+        flashmla.flash_mla_with_kvcache(
+            q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=indices
+        )
