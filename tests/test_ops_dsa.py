@@ -214,3 +214,19 @@ def test_the_indexers_scales_are_checked_when_asked_for(scale, monkeypatch):
         r"and finite \(1 such scales\)",
     ):
         flashmla.indexer_logits_paged(*arguments, lengths + 1 - torch.tensor([0, 1]).int())
+
+
+@pytest.mark.parametrize(("blocks", "topk"), [(2, 0), (0, 3), (0, 0)])
+def test_no_index_or_no_cache_is_nothing_to_attend_to(blocks, topk):
+    q = torch.randn(2, 3, 4, 576)
+    indices = torch.zeros(2, 3, topk, dtype=torch.int32)
+    caches = {False: torch.randn(blocks, 4, 1, 576), True: torch.zeros(blocks, 4, 1, 656).byte()}
+    for is_fp8, cache in caches.items():
+        out, lse = flashmla.flash_mla_with_kvcache(
+            q, cache, None, None, 512, None, is_fp8_kvcache=is_fp8, indices=indices
+        )
+        assert (out == 0).all() and (lse == float("inf")).all() and lse.shape == (2, 4, 3)
+    out, largest, lse = flashmla.flash_mla_sparse_fwd(
+        q[0], torch.randn(blocks, 1, 576), indices[0].unsqueeze(1), 0.1
+    )
+    assert (out == 0).all() and (lse == float("inf")).all() and (largest == -float("inf")).all()

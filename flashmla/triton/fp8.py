@@ -17,7 +17,7 @@ from flashmla.triton.common import on_device
 from flashmla.triton.paged_kv import find_slots
 
 # Tokens that a program takes.
-PACK_TOKENS = 4
+PACK_TOKENS, PACK_WARPS = 4, 2
 INDEX_TOKENS = 16
 
 TILES = tl.constexpr(4)
@@ -225,7 +225,7 @@ def _pack(
         pack_kernel[(triton.cdiv(x.shape[0], PACK_TOKENS),)](
             x, x if slots is None else slots, *_views(cache), x.stride(0), cache.stride(0),
             cache.stride(1), x.shape[0], page, blocks * page, POWER_OF_TWO=power_of_two,
-            HAS_SLOTS=slots is not None, TOKENS=PACK_TOKENS, num_warps=4,
+            HAS_SLOTS=slots is not None, TOKENS=PACK_TOKENS, num_warps=PACK_WARPS,
         )  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def unpack(cache: torch.Tensor) -> torch.Tensor:
         with on_device(cache.device):
             unpack_kernel[(triton.cdiv(tokens, PACK_TOKENS),)](
                 *_views(rows), values, rows.stride(0), rows.stride(1), tokens, rows.shape[1],
-                TOKENS=PACK_TOKENS, num_warps=4,
+                TOKENS=PACK_TOKENS, num_warps=PACK_WARPS,
             )  # fmt: skip
     return values.view(*lead, HEAD_DIM)
 

@@ -8,7 +8,7 @@ from flashmla.triton.common import on_device
 
 # Tokens of a program, and elements of each that it moves at a time.
 TOKENS = 4
-BLOCK = 64
+BLOCK = 256
 
 
 # region: find_slots
