@@ -163,7 +163,7 @@ def test_triton_takes_cpu_tensors_in_its_interpreter(tiers, monkeypatch):
 @pytest.mark.parametrize(
     ("op", "want"),
     [("mla.dense_decode", True), ("split_kv.get_metadata", True), ("split_kv.merge_state", True),
-     ("split_kv.combine", False), ("dsa.topk", True), ("mha.forward", False)],
+     ("split_kv.combine", False), ("dsa.topk", True), ("mha.forward", True)],
 )  # fmt: skip
 def test_what_hopper_has_kernels_for_is_read_off_the_tier(op, want):
     assert backend._has_cuda_kernel(op) is want

@@ -152,7 +152,8 @@ def flash_attn_varlen_func(
             h_kv, or dropout. With ``FLASHMLA_CHECK=1`` also prefix sums that do not rise from 0
             to at most the total, or a length beyond its maximum.
 
-    Source: ``flashmla/torch/mha.py``, ``flashmla/triton/mha.py``.
+    Source: ``flashmla/torch/mha.py``, ``flashmla/triton/mha.py``, ``csrc/sm90/dense_prefill/``,
+    ``csrc/sm90/dense_prefill_backward/``.
     """
     _check_tensors(q, k, v, cu_seqlens_qo, cu_seqlens_kv)
     if check_number("dropout_p", dropout_p) != 0.0:

@@ -1,0 +1,10 @@
+#include "instances.h"
+#include "launch.cuh"
+
+namespace flashmla::sm90::dense_prefill {
+
+void launch_bf16_192(const DensePrefillArgs& args, cudaStream_t stream) {
+  launch<cutlass::bfloat16_t, 192>(args, stream);
+}
+
+}  // namespace flashmla::sm90::dense_prefill

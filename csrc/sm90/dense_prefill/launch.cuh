@@ -1,0 +1,44 @@
+// Tensor maps and launch of the dense prefill kernel for one element type and head size.
+#pragma once
+
+#include <algorithm>
+
+#include "kernel.cuh"
+#include "row_map.h"
+
+namespace flashmla::sm90::dense_prefill {
+
+template <class T, int kDimQk>
+void launch(const DensePrefillArgs& a, cudaStream_t stream) {
+  const CUtensorMap q_map = row_map(a.q, a.is_bf16, kDimQk, kRows);
+  const CUtensorMap k_map = row_map(a.k, a.is_bf16, kDimQk, kTokens);
+  const CUtensorMap v_map = row_map(a.v, a.is_bf16, kDimV, kPieceTokensV);
+
+  const int h_q = static_cast<int>(a.q.heads);
+  const KernelParams p{
+      {a.cu_seqlens_q, a.cu_seqlens_kv, static_cast<int>(a.q.tokens), static_cast<int>(a.k.tokens),
+       a.batch},
+      {a.work, a.batch},
+      h_q,
+      h_q / static_cast<int>(a.k.heads),
+      a.causal,
+      a.softmax_scale * 1.4426950408889634f,
+      a.out,
+      a.lse,
+  };
+  launch_work_plan(p.sequences, kBlockRows, p.plan, stream);
+
+  constexpr int kShared = sizeof(SharedStorage<T, kDimQk>);
+  const auto kernel = &dense_prefill_kernel<T, kDimQk>;
+  FLASHMLA_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  int device, sms;
+  FLASHMLA_CUDA_CHECK(cudaGetDevice(&device));
+  FLASHMLA_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  const int64_t blocks = most_blocks(p.sequences, kBlockRows) * h_q;
+  const int grid = static_cast<int>(std::min<int64_t>(sms, blocks));
+  kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map, v_map);
+  FLASHMLA_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace flashmla::sm90::dense_prefill

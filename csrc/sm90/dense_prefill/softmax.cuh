@@ -1,0 +1,104 @@
+// Online softmax over the accumulator of one 64 x 128 score tile, spread over a warpgroup.
+//
+// A thread holds 64 scores, spread as rows.cuh says.
+#pragma once
+
+#include <cmath>
+
+#include "rows.cuh"
+
+namespace flashmla::sm90::dense_prefill {
+
+struct RowPair {
+  float v[2];
+};
+
+// region: online_softmax
+struct OnlineSoftmax {
+  static constexpr float kSlack = 8.f;
+  RowPair max;  // of the raw scores so far; -inf before the first
+  RowPair sum;  // of exp2(scaled score - scaled max), this thread's columns only
+
+  __device__ __forceinline__ OnlineSoftmax() : max{{-INFINITY, -INFINITY}}, sum{{0.f, 0.f}} {}
+
+  // Scores of positions a row may not see become -inf: whatever they held, NaN too, is gone.
+  template <class Scores>
+  __device__ __forceinline__ static void mask(Scores& s, int first_token, const int (&limit)[2]) {
+    const int column = first_token + (threadIdx.x % 4) * 2;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(s); ++i) {
+      const int token = column + (i / 4) * 8 + (i & 1);
+      if (token >= limit[row_half(i)]) s(i) = -INFINITY;
+    }
+  }
+
+  // Looks at a tile of scores and returns what everything accumulated before must be multiplied by.
+  // The maximum in use lags behind the true one until that has grown by 2^kSlack: probabilities up
+  // to 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is.
+  template <class Scores>
+  __device__ __forceinline__ RowPair raise_max(const Scores& s, float scale_log2) {
+    // Two chains a row: a maximum depends on the one before.
+    float m[2][2] = {{s(0), s(1)}, {s(2), s(3)}};
+    CUTE_UNROLL
+    for (int i = 4; i < cute::size(s); ++i) {
+      m[row_half(i)][i & 1] = fmaxf(m[row_half(i)][i & 1], s(i));
+    }
+    RowPair alpha;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float top = fmaxf(fmaxf(m[h][0], m[h][1]), max.v[h]);
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+      const bool grown = (top - max.v[h]) * scale_log2 > kSlack;
+      alpha.v[h] = grown ? exp2f((max.v[h] - top) * scale_log2) : 1.f;
+      if (grown) max.v[h] = top;
+      sum.v[h] *= alpha.v[h];
+    }
+    return alpha;
+  }
+
+  // What scaled scores are to be reduced by. A row that has seen nothing keeps max -inf; reducing
+  // by 0 then gives exp2(-inf) = 0.
+  __device__ __forceinline__ RowPair shift(float scale_log2) const {
+    RowPair result;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) result.v[h] = max.v[h] == -INFINITY ? 0.f : max.v[h] * scale_log2;
+    return result;
+  }
+
+  // Turns elements kFirst to kLast - 1 into probabilities, in place.
+  template <int kFirst, int kLast, class Scores>
+  __device__ __forceinline__ void exponentiate(Scores& s, float scale_log2, const RowPair& shift) {
+    float partial[2][2] = {};  // two chains a row here too
+    CUTE_UNROLL
+    for (int i = kFirst; i < kLast; ++i) {
+      const int h = row_half(i);
+      s(i) = exp2f(fmaf(s(i), scale_log2, -shift.v[h]));
+      partial[h][i & 1] += s(i);
+    }
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) sum.v[h] += partial[h][0] + partial[h][1];
+  }
+
+  // The row sums over all columns.
+  __device__ __forceinline__ RowPair reduced_sum() const {
+    RowPair total = sum;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 1);
+      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 2);
+    }
+    return total;
+  }
+};
+// endregion: online_softmax
+
+// Multiplies the rows of O, where any row of the warp asks for it.
+template <class Accumulator>
+__device__ __forceinline__ void rescale(Accumulator& o, const RowPair& factor) {
+  if (!__any_sync(0xffffffffu, factor.v[0] != 1.f || factor.v[1] != 1.f)) return;
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(o); ++i) o(i) *= factor.v[row_half(i)];
+}
+
+}  // namespace flashmla::sm90::dense_prefill

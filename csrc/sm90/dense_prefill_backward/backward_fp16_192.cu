@@ -1,0 +1,10 @@
+#include "instances.h"
+#include "launch.cuh"
+
+namespace flashmla::sm90::dense_prefill_backward {
+
+void launch_fp16_192(const DensePrefillBackwardArgs& args, cudaStream_t stream) {
+  launch<cutlass::half_t, 192>(args, stream);
+}
+
+}  // namespace flashmla::sm90::dense_prefill_backward

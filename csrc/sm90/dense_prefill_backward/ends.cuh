@@ -1,0 +1,128 @@
+// What happens before and after the main kernel, a block of threads for each tile of queries and
+// head: delta and the LSE in base 2, laid out as the main kernel reads them, and sums set to zero;
+// then dQ out of those sums.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include "config.cuh"
+
+namespace flashmla::sm90::dense_prefill_backward {
+
+constexpr int kEndThreads = 256;
+
+// The queries that tile number `tile` of all holds.
+struct Tile {
+  int first_query;  // in the packed tensor
+  int queries;      // 0 to 64
+
+  __device__ __forceinline__ Tile(const Sequences& sequences, int tile) {
+    // Sequences begin at ever later tiles: the last one that begins here or before.
+    const auto base = [&](int i) {
+      return (query_span(sequences, i).first + kQueries * i) / kQueries;
+    };
+    int low = 0, high = sequences.count();
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (base(middle) <= tile ? low : high) = middle;
+    }
+    const Span span = query_span(sequences, low);
+    const int before = (tile - base(low)) * kQueries;
+    first_query = span.first + before;
+    queries = max(0, min(kQueries, span.length - before));
+  }
+
+  // Queries are columns of the main kernel's plan; those that the prefix sums leave over count
+  // here as one more sequence, whose gradient is zero.
+  __device__ __forceinline__ static Span query_span(const Sequences& s, int i) {
+    if (i < s.batch) return s.columns_of(i);
+    const int first = min(max(s.column_sums[s.batch], 0), s.columns);
+    return {first, s.columns - first};
+  }
+};
+
+// d_out [total_q, h_q, 128] by strides; out [total_q, h_q, 128]; lse, d_lse [total_q, h_q]
+template <class T, int kDimQk>
+__global__ void __launch_bounds__(kEndThreads)
+    prepare_kernel(const Sequences sequences, const T* d_out, int64_t stride_token,
+                   int64_t stride_head, const T* out, const float* lse, const float* d_lse, int h_q,
+                   float* lse2, float* delta, float* dq_sums, int* turns) {
+  const int head = blockIdx.x % h_q, tile_number = blockIdx.x / h_q;
+  const int tiles = gridDim.x / h_q;
+  const Tile tile(sequences, tile_number);
+  const int64_t at = static_cast<int64_t>(head) * tiles + tile_number;
+
+  auto* sums = reinterpret_cast<float4*>(dq_sums + at * kQueries * kDimQk);
+  for (int i = threadIdx.x; i < kQueries * kDimQk / 4; i += kEndThreads) {
+    sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+  if (threadIdx.x < kPiecesQk<kDimQk>) turns[at * kPiecesQk<kDimQk> + threadIdx.x] = 0;
+
+  // Half a warp a row, eight columns a thread.
+  constexpr int kLanes = kDimV / 8;
+  using Eight = cutlass::Array<T, 8>;
+  cutlass::NumericArrayConverter<float, T, 8> widen;
+  const int lane = threadIdx.x % kLanes;
+  for (int r = threadIdx.x / kLanes; r < kQueries; r += kEndThreads / kLanes) {
+    const bool exists = r < tile.queries;
+    const int64_t query = tile.first_query + r;
+    float sum = 0.f;
+    if (exists) {
+      const auto a = widen(*reinterpret_cast<const Eight*>(d_out + query * stride_token +
+                                                           head * stride_head + lane * 8));
+      const auto b =
+          widen(*reinterpret_cast<const Eight*>(out + (query * h_q + head) * kDimV + lane * 8));
+      CUTE_UNROLL
+      for (int i = 0; i < 8; ++i) sum = fmaf(a[i], b[i], sum);
+    }
+    CUTE_UNROLL
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    }
+    if (lane == 0) {
+      const int64_t from = query * h_q + head;
+      if (exists && d_lse != nullptr) sum -= d_lse[from];
+      // A query with nothing to attend to has LSE +inf, and so probabilities 0.
+      lse2[at * kQueries + r] = exists ? lse[from] * 1.4426950408889634f : INFINITY;
+      delta[at * kQueries + r] = exists ? sum : 0.f;
+    }
+  }
+}
+
+// dq [total_q, h_q, d_qk]. A thread gathers one group of eight columns of two rows, which four
+// threads of the main kernel hold, 16 bytes each.
+template <class T, int kDimQk>
+__global__ void __launch_bounds__(kEndThreads)
+    finish_kernel(const Sequences sequences, const float* dq_sums, float scale, int h_q, T* dq) {
+  const int head = blockIdx.x % h_q, tile_number = blockIdx.x / h_q;
+  const int tiles = gridDim.x / h_q;
+  const Tile tile(sequences, tile_number);
+  if (tile.queries == 0) return;
+  const int64_t at = static_cast<int64_t>(head) * tiles + tile_number;
+  const auto* sums = reinterpret_cast<const float4*>(dq_sums + at * kQueries * kDimQk);
+  constexpr int kGroups = kDimQk / 8;
+  cutlass::NumericArrayConverter<T, float, 8> narrow;
+  for (int i = threadIdx.x; i < kGroups * kQueries / 2; i += kEndThreads) {
+    const int group = i % kGroups, pair = i / kGroups;  // of rows
+    // [piece][8 groups][128 threads] of float4: thread / 32 is the warp of 16 rows
+    const float4* from = sums + group * 128 + pair * 4;
+    cutlass::Array<float, 8> upper, lower;
+    CUTE_UNROLL
+    for (int t = 0; t < 4; ++t) {
+      const float4 x = from[t];
+      upper[2 * t] = x.x * scale;
+      upper[2 * t + 1] = x.y * scale;
+      lower[2 * t] = x.z * scale;
+      lower[2 * t + 1] = x.w * scale;
+    }
+    const int row = pair / 8 * 16 + pair % 8;
+    T* to = dq + ((static_cast<int64_t>(tile.first_query) + row) * h_q + head) * kDimQk + group * 8;
+    using Eight = cutlass::Array<T, 8>;
+    if (row < tile.queries) *reinterpret_cast<Eight*>(to) = narrow(upper);
+    if (row + 8 < tile.queries) {
+      *reinterpret_cast<Eight*>(to + int64_t{8} * h_q * kDimQk) = narrow(lower);
+    }
+  }
+}
+
+}  // namespace flashmla::sm90::dense_prefill_backward

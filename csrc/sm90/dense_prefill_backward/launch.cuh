@@ -1,0 +1,58 @@
+// Tensor maps and launches of backward for one element type and head size.
+#pragma once
+
+#include "../dense_prefill/row_map.h"
+#include "ends.cuh"
+#include "kernel.cuh"
+
+namespace flashmla::sm90::dense_prefill_backward {
+
+template <class T, int kDimQk>
+void launch(const DensePrefillBackwardArgs& a, cudaStream_t stream) {
+  using dense_prefill::row_map;
+  const DensePrefillArgs& f = a.forward;
+  const CUtensorMap q_map = row_map(f.q, f.is_bf16, kDimQk, kQueries);
+  const CUtensorMap k_map = row_map(f.k, f.is_bf16, kDimQk, kBlockKeys);
+  const CUtensorMap v_map = row_map(f.v, f.is_bf16, kDimV, kBlockKeys);
+  const CUtensorMap d_out_map = row_map(a.d_out, f.is_bf16, kDimV, kQueries);
+
+  const int h_q = static_cast<int>(f.q.heads), h_kv = static_cast<int>(f.k.heads);
+  const Sequences sequences{f.cu_seqlens_kv, f.cu_seqlens_q, static_cast<int>(f.k.tokens),
+                            static_cast<int>(f.q.tokens), f.batch};
+  const KernelParams p{sequences,
+                       {f.work, f.batch},
+                       h_kv,
+                       h_q / h_kv,
+                       f.causal,
+                       a.deterministic,
+                       f.softmax_scale,
+                       f.softmax_scale * 1.4426950408889634f,
+                       a.tiles,
+                       a.lse2,
+                       a.delta,
+                       a.dq_sums,
+                       a.turns,
+                       a.dk,
+                       a.dv};
+  dense_prefill::launch_work_plan(sequences, kBlockKeys, p.plan, stream);
+
+  const auto ends_grid = static_cast<unsigned>(a.tiles) * h_q;
+  prepare_kernel<T, kDimQk><<<ends_grid, kEndThreads, 0, stream>>>(
+      sequences, static_cast<const T*>(a.d_out.data), a.d_out.stride_token, a.d_out.stride_head,
+      static_cast<const T*>(f.out), f.lse, a.d_lse, h_q, a.lse2, a.delta, a.dq_sums, a.turns);
+  FLASHMLA_CUDA_CHECK(cudaGetLastError());
+
+  constexpr int kShared = sizeof(SharedStorage<T, kDimQk>);
+  const auto kernel = &backward_kernel<T, kDimQk>;
+  FLASHMLA_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  const auto grid = static_cast<unsigned>(dense_prefill::most_blocks(sequences, kBlockKeys) * h_kv);
+  kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map, v_map, d_out_map);
+  FLASHMLA_CUDA_CHECK(cudaGetLastError());
+
+  finish_kernel<T, kDimQk><<<ends_grid, kEndThreads, 0, stream>>>(
+      sequences, a.dq_sums, f.softmax_scale, h_q, static_cast<T*>(a.dq));
+  FLASHMLA_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace flashmla::sm90::dense_prefill_backward
