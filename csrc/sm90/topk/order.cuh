@@ -28,24 +28,29 @@ struct Window {
   }
   __device__ __forceinline__ bool holds(float x) const { return x >= floor; }  // NaN: no
 
-  // A key of what the window holds, unique in its row: value first, then the lower position.
-  //   bits 32-63: how far the value is above the floor; 14-31: 2^18 - 1 - position; 0-13: zero
-  __device__ __forceinline__ uint64_t key(float x, int position) const {
-    const unsigned value =
-        static_cast<unsigned>(ordered(x)) - static_cast<unsigned>(ordered(floor));
-    const unsigned rank = static_cast<unsigned>(kTopkMaxRow - 1 - position) << 14;
-    return static_cast<uint64_t>(value) << 32 | rank;
+  // How far what the window holds is above its floor.
+  __device__ __forceinline__ unsigned rise(float x) const {
+    return static_cast<unsigned>(ordered(x)) - static_cast<unsigned>(ordered(floor));
+  }
+  // The inverse.
+  __device__ __forceinline__ float value(unsigned rise) const {
+    const int order = static_cast<int>(rise + static_cast<unsigned>(ordered(floor)));
+    return __int_as_float(order ^ ((order >> 31) & 0x7fffffff));
   }
 };
 
-constexpr int kKeyEnd = 14;    // the lowest bit of a key that says anything
-constexpr int kValueBit = 32;  // the lowest bit that belongs to the value
+// A key, unique in its row: value first, then the lower position.
+//   bits 32-63: the rise above a floor; 14-31: 2^18 - 1 - position; 0-13: zero
+constexpr int kValueBit = 32;
+constexpr int kKeyEnd = 14;
 
-// The inverse of a key's value part.
-__device__ __forceinline__ float value_of(uint64_t key, const Window& window) {
-  const int order = static_cast<int>(static_cast<unsigned>(key >> kValueBit) +
-                                     static_cast<unsigned>(ordered(window.floor)));
-  return __int_as_float(order ^ ((order >> 31) & 0x7fffffff));
+__device__ __forceinline__ uint64_t make_key(unsigned rise, int position) {
+  const unsigned rank = static_cast<unsigned>(kTopkMaxRow - 1 - position) << kKeyEnd;
+  return static_cast<uint64_t>(rise) << kValueBit | rank;
+}
+
+__device__ __forceinline__ int position_of(uint64_t key) {
+  return kTopkMaxRow - 1 - static_cast<int>(static_cast<unsigned>(key) >> kKeyEnd);
 }
 
 }  // namespace flashmla::sm90::topk

@@ -20,9 +20,13 @@ struct Row {
   __device__ int whole_end() const { return (shift + length) / 4; }
   __device__ int position(int vector) const { return 4 * vector - shift; }
 
+  // The pass over the row: what it has read need not stay in L2.
   __device__ __forceinline__ float4 load_whole(int vector) const {
     return __ldcs(vectors + vector);
   }
+
+  // Ahead of that pass, so that it finds the line in L2.
+  __device__ __forceinline__ float4 load_early(int vector) const { return __ldg(vectors + vector); }
 
   // Any vector. What is outside the row is never read; NaN, which nobody chooses, stands for it.
   __device__ __forceinline__ float4 load(int vector) const {

@@ -9,10 +9,15 @@ constexpr int kDigitBits = 10;
 constexpr int kBins = 1 << kDigitBits;
 
 struct Scratch {
-  unsigned histogram[kBins];
+  union {
+    unsigned histogram[kBins];
+    uint64_t list[kBins / 2];  // of keys that are left, once no histogram is needed any more
+  };
   int warp_sums[32];
   int bin, above, inside;  // where the search goes on
-  int candidates;
+  int candidates;          // of this CTA
+  int counts[8];           // the candidates of each CTA of the cluster
+  int listed;
   unsigned largest;
 };
 
@@ -38,51 +43,66 @@ __device__ __forceinline__ int block_exclusive_sum(int x, int* warp_sums, int& t
   return __reduce_add_sync(~0u, lane < warp ? sum : 0) + inclusive - x;
 }
 
+// The bin of the histogram that the k-th largest lies in: how many are above it, how many inside.
+struct Place {
+  int bin, above, inside;
+};
+
+// Finds it and clears the histogram; false if there are fewer than k. All of the block calls it,
+// behind a barrier.
+template <int kThreads>
+__device__ __forceinline__ bool find_bin(int k, Scratch& scratch, Place& place) {
+  constexpr int kOwn = kBins / kThreads;
+  // Thread 0 owns the highest bins.
+  const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
+  int own[kOwn];
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    sum += own[i] = scratch.histogram[first + i];
+    scratch.histogram[first + i] = 0;
+  }
+  int total;
+  int above = block_exclusive_sum(sum, scratch.warp_sums, total);
+  if (total < k) return false;
+#pragma unroll
+  for (int i = kOwn - 1; i >= 0; --i) {
+    if (above < k && above + own[i] >= k) {
+      scratch.bin = first + i;
+      scratch.above = above;
+      scratch.inside = own[i];
+    }
+    above += own[i];
+  }
+  __syncthreads();
+  place = {scratch.bin, scratch.above, scratch.inside};
+  return true;
+}
+
 // The largest value that at least k keys reach, found down to bit `stop`: all bits below are zero.
 // `each` calls its argument with every key of this thread's share; keys are below 2^top. If fewer
 // than k keys exist, 0. All of the block calls it, with a histogram of zeros, and leaves it so; a
 // barrier must have passed since anybody used the scratch.
-template <int kThreads, class ForEach>
-__device__ __forceinline__ uint64_t kth_largest(ForEach each, int k, int top, int stop,
-                                                Scratch& scratch) {
-  constexpr int kOwn = kBins / kThreads;
-  uint64_t prefix = 0;
+template <class Key, int kThreads, class ForEach>
+__device__ __forceinline__ Key kth_largest(ForEach each, int k, int top, int stop,
+                                           Scratch& scratch) {
+  Key prefix = 0;
   while (true) {
     const int low = top - kDigitBits > stop ? top - kDigitBits : stop;
     const int width = top - low;
-    each([&](uint64_t key, int) {
-      const uint64_t digits = key >> low;
+    each([&](Key key) {
+      const Key digits = key >> low;
       if (digits >> width == prefix) {
         atomicAdd(&scratch.histogram[digits & ((1u << width) - 1)], 1u);
       }
     });
     __syncthreads();
-    // Thread 0 owns the highest bins.
-    const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
-    int own[kOwn];
-    int sum = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      sum += own[i] = scratch.histogram[first + i];
-      scratch.histogram[first + i] = 0;
-    }
-    int total;
-    int above = block_exclusive_sum(sum, scratch.warp_sums, total);
-    if (total < k) return 0;
-#pragma unroll
-    for (int i = kOwn - 1; i >= 0; --i) {
-      if (above < k && above + own[i] >= k) {
-        scratch.bin = first + i;
-        scratch.above = above;
-        scratch.inside = own[i];
-      }
-      above += own[i];
-    }
-    __syncthreads();
-    prefix = prefix << width | static_cast<unsigned>(scratch.bin);
-    k -= scratch.above;
+    Place place;
+    if (!find_bin<kThreads>(k, scratch, place)) return 0;
+    prefix = prefix << width | static_cast<unsigned>(place.bin);
+    k -= place.above;
     top = low;
-    if (scratch.inside == k || top == stop) return prefix << top;
+    if (place.inside == k || top == stop) return prefix << top;
   }
 }
 
