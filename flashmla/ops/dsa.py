@@ -253,14 +253,17 @@ def indexer_logits(
         end: int32 [s_q], one behind the last.
 
     Returns:
-        float32 [s_q, s_kv], -inf outside a query's range, whatever is there.
+        float32 [s_q, s_kv], -inf outside a query's range, whatever is there. On Hopper FP8 products
+        are added up with fewer bits than float32 has: an error stays below 2^-11 of the sum of
+        absolute products.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a wrong rank, shape, device or stride; with ``FLASHMLA_CHECK=1`` also ranges
             beyond the keys.
 
-    Source: ``flashmla/torch/dsa.py``.
+    Source: ``flashmla/torch/dsa.py``, ``flashmla/triton/dsa.py``,
+    ``csrc/sm90/indexer/prefill.cu``.
     """
     _check_index_query(q, "[s_q, h, 128]")
     s_q, h, _ = q.shape
@@ -303,7 +306,7 @@ def indexer_logits_paged(
             and block numbers out of range, and scales within the lengths that are not positive and
             finite.
 
-    Source: ``flashmla/torch/dsa.py``.
+    Source: ``flashmla/torch/dsa.py``, ``flashmla/triton/dsa.py``, ``csrc/sm90/indexer/paged.cu``.
     """
     _check_index_query(q, "[b, s_q, h, 128]")
     b, s_q, h, _ = q.shape
@@ -362,7 +365,7 @@ def topk(
         >>> flashmla.topk(logits, 3).tolist(), flashmla.topk(logits, 6).tolist()
         ([[0, 1, 4]], [[0, 1, 3, 4, -1, -1]])
 
-    Source: ``flashmla/torch/dsa.py``.
+    Source: ``flashmla/torch/dsa.py``, ``csrc/sm90/topk/``.
     """
     check_tensor("logits", logits, "[rows, n]", (torch.float32,))
     rows, n = logits.shape

@@ -1,9 +1,10 @@
 // Indexer scores at decode: the newest queries of each request against its cached keys, which are
 // read once, as fast as memory delivers them.
 //
-// A page of the cache is a tile: 64 x 128 codes, then 64 float32 scales. A CTA stays on its SM and
-// walks chunks of pages. One of its warpgroups fetches pages by TMA through the block table, up to
-// 20 ahead, and writes the -inf of pages that nobody sees; the two others take every other page.
+// A page of the cache is a tile: 64 x 128 codes, then 64 float32 scales. All pages of all requests
+// stand in one line, of which each CTA gets the same share, to the page. One of its warpgroups
+// fetches pages by TMA through the block table, up to 20 ahead, and writes -inf where nobody sees
+// anything; the two others take every other page.
 #include <algorithm>
 
 #include "../../common/tensor_map.h"
@@ -11,9 +12,6 @@
 
 namespace flashmla::sm90 {
 namespace indexer {
-
-constexpr int kChunkPages = 16;  // of one request: small enough to share out evenly
-static_assert(kChunkPages <= 32, "a lane of the producer knows the block number of one page");
 
 template <int kColumns>
 struct PagedStorage {
@@ -27,7 +25,7 @@ struct PagedStorage {
 };
 
 struct PagedParams {
-  int batch, s_q, groups, chunks, max_blocks;
+  int batch, s_q, groups, max_blocks;
   const float* weights;    // [batch, s_q, heads]
   const int* block_table;  // [batch, max_blocks]
   int64_t block_table_stride;
@@ -35,48 +33,82 @@ struct PagedParams {
   float* logits;       // [batch, s_q, max_blocks * 64]
 };
 
-// A few queries of a request against a chunk of its pages: [begin, end) is what they see of
-// [begin, chunk_end).
+// A few queries of a request against pages [begin, end) of it.
 struct PagedItem {
   int request, first_query;
-  int begin, end, chunk_end;
+  int begin, end;
   int length;
 };
 
+// The items of this CTA: its share of the line of all pages, cut where a row ends. A row is a
+// request and a group of its queries; it has as many pages as its last query sees.
 template <int kQueries>
 class PagedList {
  public:
+  // By whole warps: their lanes share in adding up the rows.
   __device__ __forceinline__ explicit PagedList(const PagedParams& p)
-      : p_(p), next_(blockIdx.x), count_(static_cast<int64_t>(p.batch) * p.groups * p.chunks) {}
+      : p_(p), rows_(p.batch * p.groups) {
+    const int lane = threadIdx.x % 32;
+    int64_t total = 0;
+    for (int base = 0; base < rows_; base += 32) {
+      total += __reduce_add_sync(~0u, base + lane < rows_ ? pages_of(base + lane) : 0);
+    }
+    const int64_t begin = total * blockIdx.x / gridDim.x;
+    left_ = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x - begin);
+    if (left_ == 0) return;
+    int64_t before = 0;
+    for (row_ = 0;; row_ += 32) {
+      int sum = row_ + lane < rows_ ? pages_of(row_ + lane) : 0;
+      CUTE_UNROLL
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += other;
+      }
+      const unsigned behind = __ballot_sync(~0u, before + sum > begin);
+      if (behind != 0) {  // the first row that ends behind where this CTA begins
+        const int first = __ffs(static_cast<int>(behind)) - 1;
+        const int64_t until = first == 0 ? 0 : __shfl_sync(~0u, sum, (first + 31) % 32);
+        row_ += first;
+        page_ = static_cast<int>(begin - before - until);
+        return;
+      }
+      before += __shfl_sync(~0u, sum, 31);
+    }
+  }
 
   __device__ __forceinline__ bool next(PagedItem& item) {
-    if (next_ >= count_) return false;
-    const int chunk = static_cast<int>(next_ % p_.chunks);
-    const int row = static_cast<int>(next_ / p_.chunks);
-    next_ += gridDim.x;
-    item.request = row / p_.groups;
-    item.first_query = row % p_.groups * kQueries;
-    item.begin = chunk * kChunkPages;
-    item.chunk_end = min(item.begin + kChunkPages, p_.max_blocks);
-    const int room = static_cast<int>(min(int64_t{p_.max_blocks} * kTokens, int64_t{INT_MAX}));
-    item.length = min(p_.lengths[item.request], room);
-    const int last_query = min(item.first_query + kQueries, p_.s_q) - 1;
-    const int pages = (max(0, limit(item, last_query)) + kTokens - 1) / kTokens;
-    item.end = max(item.begin, min(item.chunk_end, pages));
+    if (left_ == 0) return false;
+    int pages = pages_of(row_);
+    while (pages == 0) pages = pages_of(++row_);
+    item.request = row_ / p_.groups;
+    item.first_query = row_ % p_.groups * kQueries;
+    item.length = length(item.request);
+    item.begin = page_;
+    item.end = page_ + min(left_, pages - page_);
+    left_ -= item.end - item.begin;
+    ++row_;
+    page_ = 0;
     return true;
   }
+
   // One behind the last token that a query sees: the last query sees all.
-  __device__ __forceinline__ int limit(const PagedItem& item, int query) const {
-    return item.length - (p_.s_q - 1 - query);
+  __device__ __forceinline__ int limit(int length, int query) const {
+    return length - (p_.s_q - 1 - query);
   }
-  __device__ __forceinline__ float* out(const PagedItem& item, int query) const {
-    const int64_t row = static_cast<int64_t>(item.request) * p_.s_q + query;
-    return p_.logits + row * p_.max_blocks * kTokens;
+  __device__ __forceinline__ int length(int request) const {
+    const int64_t room = int64_t{p_.max_blocks} * kTokens;
+    return static_cast<int>(min(int64_t{p_.lengths[request]}, room));
+  }
+  __device__ __forceinline__ int pages_of(int row) const {
+    const int last_query = min(row % p_.groups * kQueries + kQueries, p_.s_q) - 1;
+    return (max(0, limit(length(row / p_.groups), last_query)) + kTokens - 1) / kTokens;
   }
 
  private:
   const PagedParams& p_;
-  int64_t next_, count_;
+  int rows_;
+  int row_ = 0, page_ = 0;
+  int left_;  // pages of this CTA that are still to come
 };
 
 template <int kHeads, int kQueries>
@@ -87,7 +119,7 @@ struct Paged {
   using Score = Scorer<kHeads, kQueries>;
   using List = PagedList<kQueries>;
 
-  // One warp; each of its lanes knows the block number of one page of the chunk.
+  // One warp, whose lanes know the block numbers of 32 pages, and of the 32 after them.
   static __device__ __forceinline__ void produce(const PagedParams& p, Storage& shared,
                                                  const CUtensorMap& q_map, const CUtensorMap& k_map,
                                                  const CUtensorMap& scale_map) {
@@ -99,10 +131,10 @@ struct Paged {
     int items = 0;
     int pages = 0;
     List list(p);
-    for (PagedItem item; list.next(item);) {
-      if (item.begin == item.end) continue;
+    for (PagedItem item; list.next(item); ++items) {
       const int* table = p.block_table + item.request * p.block_table_stride;
-      const int own = item.begin + lane < item.end ? table[item.begin + lane] : 0;
+      const auto number = [&](int page) { return page < item.end ? table[page] : 0; };
+      int soon = number(item.begin + lane);
       const int place = items % 2;
       Barrier::wait(&shared.q_empty[place], (items / 2 & 1) ^ 1);
       if (lane == 0) {
@@ -110,8 +142,13 @@ struct Paged {
         cute::SM90_TMA_LOAD_4D::copy(&q_map, &shared.q_full[place], keep, shared.q[place], 0, 0,
                                      item.first_query, item.request);
       }
+      int now = 0;
       for (int i = 0; i < item.end - item.begin; ++i, ++pages) {
-        const int block = __shfl_sync(~0u, own, i);
+        if (i % 32 == 0) {
+          now = soon;
+          soon = number(item.begin + i + 32 + lane);
+        }
+        const int block = __shfl_sync(~0u, now, i % 32);
         const int stage = pages % kStages;
         Barrier::wait(&shared.empty[stage], (pages / kStages & 1) ^ 1);
         if (lane == 0) {
@@ -122,19 +159,20 @@ struct Paged {
         }
         __syncwarp();
       }
-      ++items;
     }
   }
 
-  // -inf for the pages that none of an item's queries sees.
+  // -inf behind the last page that a query's group sees; all CTAs share in it.
   static __device__ __forceinline__ void fill(const PagedParams& p, int thread, int threads) {
-    List list(p);
-    for (PagedItem item; list.next(item);) {
-      for (int t = item.first_query; t < min(item.first_query + kQueries, p.s_q); ++t) {
-        float* row = list.out(item, t);
-        for (int s = item.end * kTokens + thread; s < item.chunk_end * kTokens; s += threads) {
-          row[s] = -INFINITY;
-        }
+    const List list(p);
+    const int64_t width = int64_t{p.max_blocks} * kTokens;
+    const int64_t step = int64_t{threads} * gridDim.x;
+    for (int64_t i = 0; i < int64_t{p.batch} * p.s_q; ++i) {
+      const int request = static_cast<int>(i / p.s_q);
+      const int group = static_cast<int>(i % p.s_q) / kQueries;
+      const int64_t seen = int64_t{list.pages_of(request * p.groups + group)} * kTokens;
+      for (int64_t s = seen + blockIdx.x * threads + thread; s < width; s += step) {
+        p.logits[i * width + s] = -INFINITY;
       }
     }
   }
@@ -151,22 +189,24 @@ struct Paged {
         mma, cute::Shape<cute::Int<kTokens>, cute::Int<kColumns>>{});  // [64 keys, kColumns]
     auto thread_mma = mma.get_thread_slice(thread);
 
+    const int64_t width = int64_t{p.max_blocks} * kTokens;
     int items = 0;
-    int pages = 0;
+    int pages = 0;  // of all items so far
+    int own = 0;    // of them, how many were this consumer's: every other one
     List list(p);
-    for (PagedItem item; list.next(item);) {
-      const int count = item.end - item.begin;
-      if (count == 0) continue;
+    for (PagedItem item; list.next(item); ++items) {
       const int place = items % 2;
       const int64_t query_row = static_cast<int64_t>(item.request) * p.s_q + item.first_query;
       score.load_weights(p.weights + query_row * kHeads, p.s_q - item.first_query);
       auto q = cute::make_tensor(cute::make_smem_ptr(shared.q[place]), Tile<kColumns>{});
       auto q_fragment = thread_mma.partition_fragment_B(q);
+      const int first_page = item.begin - pages;  // of number 0
+      pages += item.end - item.begin;
       Barrier::wait(&shared.q_full[place], items / 2 & 1);
 
-      for (int i = (pages + kMine) % 2; i < count; i += 2) {
-        const int stage = (pages + i) % kStages;
-        Barrier::wait(&shared.full[stage], (pages + i) / kStages & 1);
+      for (; 2 * own + kMine < pages; ++own) {
+        const int stage = (2 * own + kMine) % kStages;
+        Barrier::wait(&shared.full[stage], (2 * own + kMine) / kStages & 1);
         auto k = cute::make_tensor(cute::make_smem_ptr(shared.k[stage]), Tile<kTokens>{});
         fence_fragment(products);
         cute::warpgroup_arrive();
@@ -187,17 +227,16 @@ struct Paged {
         score.sum_heads(products, values);
         CUTE_UNROLL
         for (int v = 0; v < Score::kValues; ++v) {
-          const int query = item.first_query + (first_sum + v) / 2;
-          const int token = (item.begin + i) * kTokens + row + (first_sum + v) % 2 * 8;
-          if (query < p.s_q && score.owns_sums()) {
-            const bool seen = token < list.limit(item, query);
-            list.out(item, query)[token] = seen ? values[v] * scale[v] : -INFINITY;
+          const int query = (first_sum + v) / 2;  // of the item's
+          const int page = first_page + 2 * own + kMine;
+          const int token = page * kTokens + row + (first_sum + v) % 2 * 8;
+          if (item.first_query + query < p.s_q && score.owns_sums()) {
+            const bool seen = token < list.limit(item.length, item.first_query + query);
+            p.logits[(query_row + query) * width + token] = seen ? values[v] * scale[v] : -INFINITY;
           }
         }
       }
       if (score.lane == 0) Barrier::arrive(&shared.q_empty[place]);
-      pages += count;
-      ++items;
     }
   }
 };
@@ -266,7 +305,6 @@ void launch_paged(const PagedIndexerArgs& a, cudaStream_t stream) {
   p.batch = a.batch;
   p.s_q = a.s_q;
   p.groups = (a.s_q + kQueries - 1) / kQueries;
-  p.chunks = (a.max_blocks + kChunkPages - 1) / kChunkPages;
   p.max_blocks = a.max_blocks;
   p.weights = a.weights;
   p.block_table = a.block_table;
@@ -279,8 +317,8 @@ void launch_paged(const PagedIndexerArgs& a, cudaStream_t stream) {
   const auto kernel = &paged_kernel<kHeads, kQueries>;
   FLASHMLA_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  const int64_t items = static_cast<int64_t>(p.batch) * p.groups * p.chunks;
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(items, sms));
+  const int64_t most = static_cast<int64_t>(p.batch) * p.groups * p.max_blocks;
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(most, sms));
   kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map, scale_map);
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
 }

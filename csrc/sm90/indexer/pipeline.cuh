@@ -15,6 +15,5 @@ namespace flashmla::sm90::indexer {
 using Barrier = cutlass::arch::ClusterTransactionBarrier;  // mbarrier
 
 constexpr int kThreads = 384;  // a warpgroup that fetches, two that multiply
-constexpr int kConsumerThreads = 256;
 
 }  // namespace flashmla::sm90::indexer

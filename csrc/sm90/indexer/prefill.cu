@@ -67,8 +67,8 @@ struct PrefillItem {
 
 template <int kHeads, int kQueries>
 struct Prefill {
-  static constexpr int kColumns = kHeads * kQueries;
-  static constexpr int kGroup = 2 * kQueries;
+  static constexpr int kColumns = kHeads * kQueries;  // of one consumer's product
+  static constexpr int kGroup = 2 * kQueries;         // queries of a CTA
   using Storage = PrefillStorage<kColumns>;
   using Item = PrefillItem<kGroup>;
   using Score = Scorer<kHeads, kQueries>;
@@ -78,9 +78,9 @@ struct Prefill {
                                                  const CUtensorMap& scale_map) {
     const auto hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
     Barrier::arrive_and_expect_tx(&shared.q_full, sizeof(shared.q));
-    for (int half = 0; half < 2; ++half) {
-      cute::SM90_TMA_LOAD_3D::copy(&q_map, &shared.q_full, hint, shared.q[half], 0, 0,
-                                   item.first_query + half * kQueries);
+    for (int i = 0; i < 2; ++i) {
+      cute::SM90_TMA_LOAD_3D::copy(&q_map, &shared.q_full, hint, shared.q[i], 0, 0,
+                                   item.first_query + i * kQueries);
     }
     for (int tile = item.begin; tile < item.end; ++tile) {
       const int count = tile - item.begin;
@@ -109,14 +109,15 @@ struct Prefill {
   template <int kMine>
   static __device__ __forceinline__ void consume(const PrefillParams& p, const Item& item,
                                                  Storage& shared) {
-    constexpr int kSeen = Score::kValues / 2;  // queries of which this thread ends with scores
-    static_assert(kSeen >= 1, "both rows of a query end in one thread");
+    constexpr int kValues = Score::kValues;  // scores that this thread ends with in each tile
     const int thread = threadIdx.x % 128;
     const int row = thread / 32 * 16 + thread % 32 / 4;  // and row + 8
     const int first_query = item.first_query + kMine * kQueries;
     Score score;
     score.lane = thread % 32;
     score.load_weights(p.weights + static_cast<int64_t>(first_query) * kHeads, p.s_q - first_query);
+    constexpr int kSeen = kValues / 2;  // queries that they belong to, each with both rows
+    static_assert(kValues >= 2, "a single score has only one row");
     int start[kSeen], end[kSeen];
     float* out[kSeen];
     CUTE_UNROLL
@@ -136,8 +137,7 @@ struct Prefill {
     auto q_fragment = thread_mma.partition_fragment_B(q);
 
     Barrier::wait(&shared.q_full, 0);
-    for (int tile = item.begin; tile < item.end; ++tile) {
-      const int count = tile - item.begin;
+    for (int count = 0; count < item.end - item.begin; ++count) {
       const int stage = count % kStages;
       Barrier::wait(&shared.full[stage], count / kStages & 1);
       const float scale[2] = {shared.k_scale[stage][row], shared.k_scale[stage][row + 8]};
@@ -151,13 +151,14 @@ struct Prefill {
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<0>();
       fence_fragment(products);
+      __syncwarp();  // all lanes have their scales
       if (score.lane == 0) Barrier::arrive(&shared.empty[stage]);
 
-      float values[Score::kValues];
+      float values[kValues];
       score.sum_heads(products, values);
       CUTE_UNROLL
-      for (int i = 0; i < Score::kValues; ++i) {
-        const int token = tile * kTokens + row + 8 * (i % 2);
+      for (int i = 0; i < kValues; ++i) {
+        const int token = (item.begin + count) * kTokens + row + 8 * (i % 2);
         const bool seen = token >= start[i / 2] && token < end[i / 2];
         if (out[i / 2] != nullptr && token < p.s_kv) {
           out[i / 2][token] = seen ? values[i] * scale[i % 2] : -INFINITY;
@@ -224,7 +225,8 @@ void launch_prefill(const IndexerArgs& a, cudaStream_t stream) {
   int device = 0, sms = 0;
   FLASHMLA_CUDA_CHECK(cudaGetDevice(&device));
   FLASHMLA_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  const int64_t groups = (a.s_q + 2 * kQueries - 1) / (2 * kQueries);
+  using Work = Prefill<kHeads, kQueries>;
+  const int64_t groups = (a.s_q + Work::kGroup - 1) / Work::kGroup;
   const int64_t tiles = (a.s_kv + kTokens - 1) / kTokens;
   const int64_t even = groups * tiles / (static_cast<int64_t>(sms) * kWaves);
   PrefillParams p;
@@ -237,7 +239,7 @@ void launch_prefill(const IndexerArgs& a, cudaStream_t stream) {
   p.end = a.end;
   p.logits = a.logits;
 
-  constexpr int kShared = sizeof(typename Prefill<kHeads, kQueries>::Storage);
+  constexpr int kShared = sizeof(typename Work::Storage);
   static_assert(kShared <= 232448, "227 KB a CTA");
   const auto kernel = &prefill_kernel<kHeads, kQueries>;
   FLASHMLA_CUDA_CHECK(

@@ -34,7 +34,8 @@ struct Scorer {
                                  cute::Shape<cute::_64, cute::Int<kColumns>, cute::_32>>()));
 
   int lane;
-  float weights[kQueries * kOwnHeads];  // column 8 j + 2 (lane % 4) + e at [2 j + e]
+  // Of column 8 j + 2 (lane % 4) + e at [2 j + e]; halved for e = 0, see sum_heads.
+  float weights[kQueries * kOwnHeads];
 
   // from: the weights of query 0, [queries, kHeads]; those of queries that do not exist are 0
   __device__ __forceinline__ void load_weights(const float* from, int queries) {
@@ -42,8 +43,8 @@ struct Scorer {
     for (int j = 0; j < kColumns / 8; ++j) {
       const int column = 8 * j + 2 * (lane % 4);
       const bool exists = 8 * j / kHeads < queries;
-      CUTE_UNROLL
-      for (int e = 0; e < 2; ++e) weights[2 * j + e] = exists ? from[column + e] : 0.f;
+      weights[2 * j] = exists ? 0.5f * from[column] : 0.f;
+      weights[2 * j + 1] = exists ? from[column + 1] : 0.f;
     }
   }
 
@@ -65,8 +66,11 @@ struct Scorer {
     CUTE_UNROLL
     for (int i = 0; i < kColumns / 2; ++i) {  // [column / 8][row][column % 2]
       const int column = i / 4 * 8 + i % 2;
+      const float x = products(i);
+      // Maxima run in another unit than sums, at half the rate: each takes its share.
+      const float positive = i % 2 == 0 ? x + fabsf(x) : relu(x);  // the first is twice as much
       float& sum = sums[column / kHeads * 2 + i / 2 % 2];
-      sum = fmaf(weights[i / 4 * 2 + i % 2], relu(products(i)), sum);
+      sum = fmaf(weights[i / 4 * 2 + i % 2], positive, sum);
     }
     exchange<kSums, 2>(sums);
     CUTE_UNROLL
