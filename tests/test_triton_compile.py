@@ -37,6 +37,8 @@ KERNELS = [
     Kernel("fp8_unpack", "fp8", "unpack_kernel", {"TOKENS": 4}),
     Kernel("index_append", "fp8", "index_pack_kernel", PACK | {"HAS_SLOTS": True}),
     Kernel("paged_append", "paged_kv", "append_kernel", {"TOKENS": 4, "BLOCK": 64}),
+    Kernel("indexer", "dsa", "prefill_kernel", {"H": 64, "BLOCK": 64}),
+    Kernel("indexer_paged", "dsa", "paged_kernel", {"H": 32}),
 ]
 FP16 = [
     Kernel("decode_fp16", "mla", "dense_decode_kernel", DECODE, rows=64, dtype="fp16"),
@@ -60,7 +62,7 @@ def test_kernel_compiles_and_fits_in_fp16(kernel):
 
 
 @pytest.mark.parametrize("target", [80, 89])
-@pytest.mark.parametrize("kernel", [*KERNELS[:3], *KERNELS[-5:]], ids=_name)
+@pytest.mark.parametrize("kernel", [*KERNELS[:3], *KERNELS[-7:]], ids=_name)
 def test_kernel_fits_on_cards_with_less_shared_memory(kernel, target):
     assert compiled(compile_kernel, kernel, target).shared <= SHARED_MEMORY[target]
 
@@ -73,7 +75,7 @@ def test_hopper_uses_the_warpgroups_matrix_instruction():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["common", "fp8", "mha", "mla", "paged_kv", "split_kv"])
+@pytest.mark.parametrize("stage", ["common", "dsa", "fp8", "mha", "mla", "paged_kv", "split_kv"])
 def test_every_region_can_be_shown(stage):
     path = f"flashmla/triton/{stage}.py"
     names = source.regions(path)

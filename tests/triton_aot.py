@@ -10,13 +10,17 @@ from typing import Any
 FLOAT = "float"
 POINTERS = {
     FLOAT: ("q", "k", "v", "k_cache", "out", "out_a", "out_b", "x"),
-    "fp32": ("attn_sink", "lse", "out_partial", "lse_partial", "lse_a", "lse_b", "values"),
+    "fp32": (
+        "attn_sink", "lse", "out_partial", "lse_partial", "lse_a", "lse_b", "values", "weights",
+        "logits", "key_scale", "key_scales",
+    ),
     "i32": (
         "cu_seqlens_qo", "cu_seqlens_kv", "block_table", "cache_seqlens",
-        "tile_scheduler_metadata", "num_splits", "stays_whole", "slots", "scales",
+        "tile_scheduler_metadata", "num_splits", "stays_whole", "slots", "scales", "start",
+        "end",
     ),
     "i64": ("starts",),
-    "u8": ("codes",),
+    "u8": ("codes", "q_codes", "key_codes"),
     "i16": ("rope", "cache_bits", "x_bits"),
 }  # fmt: skip
 
