@@ -98,6 +98,32 @@ def test_error_sees_one_wrong_number():
     assert problem.error(out) == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [Case("topk", b=3, s_k=300, topk=20), Case("indexer", h_q=4, s_q=3, s_k=70),
+     Case("indexer_paged", b=2, h_q=4, s_q=2, s_k=130, spread=30)],
+    ids=lambda case: case.name,
+)  # fmt: skip
+def test_problems_of_choosing_tokens(case: Case):
+    problem = problems.MAKERS[case.op](case, CPU)
+    assert problem.copies == (1 if case.op == "indexer" else 2)
+    for copy in range(problem.copies):
+        (result,) = problem.side()(copy)
+        assert problem.error(result, copy) < 2e-4
+        result[-1, ..., 5] += 1
+        assert problem.error(result, copy) > (0.3 if case.op == "topk" else 0.99)
+
+
+def test_bytes_and_operations_of_choosing_tokens():
+    by_name = {(case.op, case.name): case for case in CASES}
+    rows = by_name["topk", "rows=4096 n=32768 k=2048"]
+    assert rows.bytes_moved == 4096 * (32768 + 2048) * 4 and rows.flops == 0
+    prompt = by_name["indexer", "h_q=64 s_q=4096 s_kv=32768"]
+    assert prompt.flops == 2 * 4096 * 32768 * 64 * 128 == 2 * prompt.flops_as_bf16
+    cached = by_name["indexer_paged", "b=64 h_q=64 s_q=1 s_k=131072"]
+    assert cached.bytes_moved == 64 * (131072 * 136 + 64 * 132)
+
+
 # ---- timing ----------------------------------------------------------------------------------
 
 

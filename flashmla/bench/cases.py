@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["CASES", "OPS", "QUICK", "TINY", "Case", "select"]
+__all__ = ["CASES", "INDEXING", "OPS", "QUICK", "TINY", "Case", "select"]
 
 BF16 = 2  # bytes
 FP8_TOKEN = 656  # bytes of a cached token in the FP8 format
@@ -25,15 +25,18 @@ WRITES = {
     "index_append": D_INDEX * BF16 + 4 + INDEX_TOKEN,
 }
 
+INDEXING = ("topk", "indexer", "indexer_paged")
+
 
 @dataclass(frozen=True)
 class Case:
     """A problem of one operation; what does not apply to the operation stays at its default.
 
     Args:
-        op: ``dense_decode``, ``sparse_decode``, ``sparse_prefill``, or one that writes tokens to
-            a cache: ``paged_append``, ``fp8_append``, ``index_append``.
-        b: sequences in the batch (decode).
+        op: ``dense_decode``, ``sparse_decode``, ``sparse_prefill``; one that chooses tokens:
+            ``topk``, ``indexer``, ``indexer_paged``; or one that writes tokens to a cache:
+            ``paged_append``, ``fp8_append``, ``index_append``.
+        b: sequences in the batch (decode), rows to choose from (``topk``).
         h_q, h_kv: query heads, and the key/value heads that they share.
         s_q: query tokens (of each sequence in decode, in all for prefill).
         s_k: cached tokens of a sequence; the mean when ``spread`` is not 0.
@@ -59,13 +62,16 @@ class Case:
         """The case as result files and tables call it."""
         if self.op in WRITES:
             return f"tokens={self.tokens}"
-        parts = [] if self.op == "sparse_prefill" else [f"b={self.b}"]
+        if self.op == "topk":
+            return f"rows={self.b} n={self.s_k} k={self.topk}"
+        prefill = self.op in ("sparse_prefill", "indexer")
+        parts = [] if prefill else [f"b={self.b}"]
         parts += [f"h_q={self.h_q}", f"s_q={self.s_q}"]
         if self.h_kv != 1:
             parts.append(f"h_kv={self.h_kv}")
-        if self.op == "sparse_prefill":
+        if prefill:
             parts.append(f"s_kv={self.s_k}")
-        elif self.op == "dense_decode":
+        elif self.op != "sparse_decode":
             parts.append(f"s_k={self.s_k}" + (f"±{self.spread}" if self.spread else ""))
         if self.topk:
             parts.append(f"topk={self.topk}")
@@ -86,25 +92,35 @@ class Case:
     @property
     def keys(self) -> int:
         """Key tokens that one query head meets, over the batch (or over the queries of prefill)."""
-        if self.op in WRITES:
+        if self.op in WRITES or self.op == "topk":
             return 0
-        if self.op == "dense_decode":
+        if self.op == "indexer":
+            return self.s_k * self.s_q
+        if self.op in ("dense_decode", "indexer_paged"):
             return int(self.lengths().sum()) * self.s_q
         return self.topk * self.s_q * (1 if self.op == "sparse_prefill" else self.b)
 
     @property
     def flops(self) -> int:
-        """Operations: a multiply and an add for each of 576 + 512 numbers, per head and key.
+        """Operations: a multiply and an add for each of 576 + 512 numbers, per head and key; of 128
+        for the indexer.
 
         A causal mask over a few speculated tokens saves next to nothing and is not subtracted.
         """
-        return 2 * self.h_q * self.keys * (D_QK + D_V)
+        return 2 * self.h_q * self.keys * (D_INDEX if self.op in INDEXING else D_QK + D_V)
+
+    @property
+    def flops_as_bf16(self) -> int:
+        """As many operations as take that long in bf16: FP8 products run at twice its rate."""
+        return self.flops // 2 if self.op in INDEXING else self.flops
 
     @property
     def bytes_moved(self) -> int:
         """Bytes that have to cross the memory bus: the keys once, queries in, outputs out."""
         if self.op in WRITES:
             return WRITES[self.op] * self.tokens
+        if self.op in INDEXING:
+            return self._indexing_bytes()
         queries = self.s_q * (1 if self.op == "sparse_prefill" else self.b)
         ends = queries * self.h_q * (D_QK + D_V) * BF16 + queries * self.h_q * 4
         if self.op == "dense_decode":
@@ -112,6 +128,18 @@ class Case:
         if self.op == "sparse_decode":
             return self.keys * FP8_TOKEN + ends
         return self.s_k * D_QK * BF16 + ends
+
+    def _indexing_bytes(self) -> int:
+        """Queries and keys with their weights and scales in, float32 scores out; or those in, and
+        int32 indices out."""
+        if self.op == "topk":
+            return 4 * self.b * (self.s_k + self.topk)
+        queries = self.b * self.s_q * self.h_q * (D_INDEX + 4)
+        if self.op == "indexer":
+            return queries + self.s_k * INDEX_TOKEN + 4 * self.s_q * self.s_k
+        lengths = self.lengths()
+        scores = self.b * self.s_q * (-(-int(lengths.max()) // self.page)) * self.page
+        return queries + int(lengths.sum()) * INDEX_TOKEN + 4 * scores
 
 
 def _dense(b: int, h_q: int, s_q: int, s_k: int, spread: int = 0) -> Case:
@@ -146,6 +174,9 @@ CASES: tuple[Case, ...] = (
     _prefill(128, 32768),
     _prefill(128, 131072),
     _prefill(64, 32768),
+    *(Case("topk", b=b, s_k=n, topk=2048) for b, n in ((4096, 32768), (128, 131072), (1, 131072))),
+    *(Case("indexer", h_q=h, s_q=4096, s_k=32768) for h in (64, 32)),
+    *(Case("indexer_paged", b=64, h_q=64, s_q=s_q, s_k=131072) for s_q in (1, 2)),
     *(Case(op, tokens=tokens) for op in WRITES for tokens in (65536, 128)),
 )
 

@@ -17,6 +17,7 @@ import torch
 import flashmla
 from flashmla import backend
 from flashmla.bench.cases import D_QK, D_V
+from flashmla.bench.indexing import TopK
 from flashmla.bench.problems import DenseDecode, Writing
 from flashmla.bench.timing import Side
 
@@ -28,19 +29,23 @@ TIER_OF_OP = {
     "paged_append": "paged_kv.append",
     "fp8_append": "fp8.append",
     "index_append": "fp8.index_append",
+    "topk": "dsa.topk",
+    "indexer": "dsa.indexer_logits",
+    "indexer_paged": "dsa.indexer_logits_paged",
 }
 
 PEER = "sgl-flash-mla"  # the distribution that keeps FlashMLA's Hopper kernels, frozen
 
 
-def own(problem: DenseDecode | Writing, tier: str) -> Side:
+def own(problem: Any, tier: str) -> Side:
     """This package's operation on one tier, planned once as a caller would.
 
     The first of what a call returns is what is compared. The tier that would serve it anyway is
     called as users call it, with nothing around; another one pays for the context manager in its
     host time.
     """
-    call = _writing(problem) if isinstance(problem, Writing) else _dense_decode(problem)
+    makers: dict[type, Callable[[Any], Side]] = {DenseDecode: _dense_decode, Writing: _writing}
+    call = makers[type(problem)](problem) if type(problem) in makers else problem.side()
     if backend.tier_for(TIER_OF_OP[problem.case.op], problem.device) == tier:
         return call
 
@@ -98,8 +103,9 @@ def find_peers(device: torch.device, op: str = "dense_decode") -> dict[str, Call
     """
     if device.type != "cuda":
         return {}
-    if op == "paged_append":
-        return {f"peer:torch-{torch.__version__.split('+')[0]}": _indexed_assignment}
+    if op in ("paged_append", "topk"):
+        make = _indexed_assignment if op == "paged_append" else TopK.peer
+        return {f"peer:torch-{torch.__version__.split('+')[0]}": make}
     if op != "dense_decode" or importlib.util.find_spec("flash_mla") is None:
         return {}
     try:
@@ -146,9 +152,7 @@ def _indexed_assignment(problem: Writing) -> Side:
     return call
 
 
-def sides(
-    problem: DenseDecode | Writing, tiers: list[str], with_peers: bool = True
-) -> dict[str, Side]:
+def sides(problem: Any, tiers: list[str], with_peers: bool = True) -> dict[str, Side]:
     """Everybody who can serve a problem: result rows' ``impl`` -> call."""
     found = {f"flashmla-{tier}": own(problem, tier) for tier in tiers}
     if with_peers:

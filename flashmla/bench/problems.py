@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from flashmla.bench.cases import BF16, D_INDEX, D_QK, D_V, FP8_TOKEN, INDEX_TOKEN, WRITES, Case
-from flashmla.bench.timing import copies_needed
+from flashmla.bench.indexing import cached_scores, scores, topk
+from flashmla.bench.timing import copies_for
 
 __all__ = ["MAKERS", "DenseDecode", "Writing", "dense_decode", "writing"]
 
@@ -80,7 +82,7 @@ def dense_decode(case: Case, device: torch.device, seed: int = 0) -> DenseDecode
     return DenseDecode(
         case=case,
         q=random(case.b, case.s_q, case.h_q, D_QK),
-        caches=tuple(random(*shape) for _ in range(_copies(bytes_each, device))),
+        caches=tuple(random(*shape) for _ in range(copies_for(bytes_each, device))),
         block_table=table.view(case.b, most),
         cache_seqlens=lengths,
     )
@@ -129,7 +131,7 @@ def writing(case: Case, device: torch.device, seed: int = 0) -> Writing:
     blocks = -(-case.tokens // case.page)
     width = {"paged_append": D_QK, "fp8_append": FP8_TOKEN, "index_append": INDEX_TOKEN}[case.op]
     dtype = torch.bfloat16 if case.op == "paged_append" else torch.uint8
-    copies = range(_copies(max(BF16 * d, WRITES[case.op] - BF16 * d) * case.tokens, device))
+    copies = range(copies_for(max(BF16 * d, WRITES[case.op] - BF16 * d) * case.tokens, device))
 
     def random() -> torch.Tensor:
         x = torch.randn(case.tokens, d, generator=generator, device=device)
@@ -146,15 +148,11 @@ def writing(case: Case, device: torch.device, seed: int = 0) -> Writing:
     )
 
 
-MAKERS: dict[str, Callable[[Case, torch.device], DenseDecode | Writing]] = {
+MAKERS: dict[str, Callable[[Case, torch.device], Any]] = {
     "dense_decode": dense_decode,
+    "topk": topk,
+    "indexer": scores,
+    "indexer_paged": cached_scores,
     **dict.fromkeys(WRITES, writing),
 }
 """Who makes the problems of an operation."""
-
-
-def _copies(bytes_each: int, device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # a CPU's figures mean nothing here; two show that copies are told apart
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    return copies_needed(bytes_each, l2, torch.cuda.mem_get_info(device)[0])

@@ -76,8 +76,8 @@ def measured_rows(
 
     Keys: op, case, impl; us (graph replay on a card, wall time on a CPU) and eager_us; tflops and
     gbps, from the operations and bytes that the case needs at least; error, the largest absolute
-    error of out against float64 (where tokens are written, the share of bytes that are wrong); and
-    host_us, spread, clock and predicted_us (at the ceilings).
+    error of out against float64 (where tokens are written, the share of bytes that are wrong; where
+    they are chosen, of rows); and host_us, spread, clock and predicted_us (at the ceilings).
     """
     problem = MAKERS[case.op](case, device)
     chosen = list(tiers) if tiers else available_tiers(case, device)
@@ -94,7 +94,7 @@ def measured_rows(
     rows = [_row(case, name, timings[name], errors[name]) for name in contestants]
     for row in rows:
         if ceilings is not None:
-            us = predicted_us(case.flops, case.bytes_moved, ceilings, case.op in WRITES)
+            us = predicted_us(case.flops_as_bf16, case.bytes_moved, ceilings, case.op in WRITES)
             row["predicted_us"] = _digits(us)
         say(_line(row))
     return rows

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Timing", "copies_needed", "measure"]
+__all__ = ["Timing", "copies_for", "copies_needed", "measure"]
 
 # A side is called with the number of the copy that it is to use.
 Side = Callable[[int], Any]
@@ -51,6 +51,14 @@ def copies_needed(bytes_each: int, l2_bytes: int, memory: int, most: int = 256) 
     wanted = max(2, -(-L2_TIMES * l2_bytes // max(1, bytes_each)))
     fitting = max(1, memory // 2 // max(1, bytes_each))
     return min(wanted, fitting, most)
+
+
+def copies_for(bytes_each: int, device: torch.device) -> int:
+    """:func:`copies_needed` on a device as it is now."""
+    if device.type != "cuda":
+        return 2  # a CPU's figures mean nothing here; two show that copies are told apart
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return copies_needed(bytes_each, l2, torch.cuda.mem_get_info(device)[0])
 
 
 def measure(
