@@ -56,6 +56,7 @@ struct Scorer {
   // With a single query two threads end with the same score; one of them owns it.
   __device__ __forceinline__ bool owns_sums() const { return kSums >= 4 || lane % 2 == 0; }
 
+  // region: sum_heads
   // products [64 keys, kColumns] -> values[i]: the sum over heads of index first_sum() + i.
   template <class Products>
   __device__ __forceinline__ void sum_heads(const Products& products,
@@ -76,6 +77,7 @@ struct Scorer {
     CUTE_UNROLL
     for (int i = 0; i < kValues; ++i) values[i] = sums[i];
   }
+  // endregion: sum_heads
 
  private:
   // Adds up over the four lanes that share a row. While there are sums to share out, each lane of a

@@ -8,12 +8,14 @@
 
 namespace flashmla::sm90::topk {
 
+// region: ordered
 // Bits of a float to an integer of the same order, the two zeros being equal. No NaN gets here.
 __device__ __forceinline__ int ordered(float x) {
   const int bits = __float_as_int(x);
   const int order = bits ^ ((bits >> 31) & 0x7fffffff);
   return order == -1 ? 0 : order;
 }
+// endregion: ordered
 
 constexpr float kLowest = -3.402823466e+38f;  // the least float that may be chosen
 constexpr float kLeastNormal = 1.175494351e-38f;
