@@ -6,7 +6,7 @@ figures to meet; the sparse rows stand here as data for the kernels that are to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ WRITES = {
 }
 
 INDEXING = ("topk", "indexer", "indexer_paged")
+INDEX_HEADS = 64  # of the indexer in a whole step
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Case:
 
     Args:
         op: ``dense_decode``, ``sparse_decode``, ``sparse_prefill``; one that chooses tokens:
-            ``topk``, ``indexer``, ``indexer_paged``; or one that writes tokens to a cache:
-            ``paged_append``, ``fp8_append``, ``index_append``.
+            ``topk``, ``indexer``, ``indexer_paged``; ``dsa_step``, the indexer, top-k and sparse
+            decode one after the other; or one that writes tokens to a cache: ``paged_append``,
+            ``fp8_append``, ``index_append``.
         b: sequences in the batch (decode), rows to choose from (``topk``).
         h_q, h_kv: query heads, and the key/value heads that they share.
         s_q: query tokens (of each sequence in decode, in all for prefill).
@@ -107,11 +109,22 @@ class Case:
 
         A causal mask over a few speculated tokens saves next to nothing and is not subtracted.
         """
+        if self.op == "dsa_step":
+            return sum(part.flops for part in self.parts)
         return 2 * self.h_q * self.keys * (D_INDEX if self.op in INDEXING else D_QK + D_V)
+
+    @property
+    def parts(self) -> tuple[Case, Case, Case]:
+        """What a ``dsa_step`` consists of."""
+        scores = replace(self, op="indexer_paged", h_q=INDEX_HEADS, topk=0)
+        choice = replace(self, op="topk", b=self.b * self.s_q)
+        return scores, choice, replace(self, op="sparse_decode")
 
     @property
     def flops_as_bf16(self) -> int:
         """As many operations as take that long in bf16: FP8 products run at twice its rate."""
+        if self.op == "dsa_step":
+            return sum(part.flops_as_bf16 for part in self.parts)
         return self.flops // 2 if self.op in INDEXING else self.flops
 
     @property
@@ -119,6 +132,8 @@ class Case:
         """Bytes that have to cross the memory bus: the keys once, queries in, outputs out."""
         if self.op in WRITES:
             return WRITES[self.op] * self.tokens
+        if self.op == "dsa_step":
+            return sum(part.bytes_moved for part in self.parts)
         if self.op in INDEXING:
             return self._indexing_bytes()
         queries = self.s_q * (1 if self.op == "sparse_prefill" else self.b)
@@ -177,6 +192,12 @@ CASES: tuple[Case, ...] = (
     *(Case("topk", b=b, s_k=n, topk=2048) for b, n in ((4096, 32768), (128, 131072), (1, 131072))),
     *(Case("indexer", h_q=h, s_q=4096, s_k=32768) for h in (64, 32)),
     *(Case("indexer_paged", b=64, h_q=64, s_q=s_q, s_k=131072) for s_q in (1, 2)),
+    # A whole step of sparse attention, and the dense decode that it takes the place of.
+    *(
+        Case(op, b=64, s_k=s_k, topk=2048 if op == "dsa_step" else 0)
+        for s_k in (4096, 8192, 16384, 32768, 131072)
+        for op in ("dsa_step", "dense_decode")
+    ),
     *(Case(op, tokens=tokens) for op in WRITES for tokens in (65536, 128)),
 )
 

@@ -1,4 +1,6 @@
-"""Problems of choosing tokens: the indexer's scores, of a prompt and of cached keys, and top-k."""
+"""Problems of choosing tokens: the indexer's scores, of a prompt and of cached keys, top-k, and the
+whole step of sparse attention that they belong to.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ from typing import Any
 import torch
 
 import flashmla
-from flashmla.bench.cases import D_INDEX, INDEX_TOKEN, Case
+from flashmla.bench.cases import D_INDEX, D_QK, D_V, FP8_TOKEN, INDEX_TOKEN, Case
 from flashmla.bench.timing import Side, copies_for
 
-__all__ = ["CachedScores", "Scores", "TopK", "cached_scores", "scores", "topk"]
+__all__ = ["CachedScores", "Scores", "Step", "TopK", "cached_scores", "scores", "step", "topk"]
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,87 @@ def cached_scores(case: Case, device: torch.device, seed: int = 0) -> CachedScor
         weights=torch.randn(case.b, case.s_q, case.h_q, generator=g, device=device),
         block_table=torch.randperm(blocks, generator=g, device=device).int().view(case.b, most),
         lengths=lengths,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step of sparse attention: scores, choice, attention over the chosen tokens.
+
+    Args:
+        scores: the indexer's problem; its block table serves the attention, too.
+        q: [b, s_q, h_q, 576], bfloat16, random normal.
+        caches: copies [blocks, 64, 1, 656] uint8, as many as the indexer's.
+    """
+
+    case: Case
+    scores: CachedScores
+    q: torch.Tensor
+    caches: tuple[torch.Tensor, ...]
+
+    @property
+    def copies(self) -> int:
+        return len(self.caches)
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    def indices(self, copy: int) -> torch.Tensor:
+        """What our indexer and top-k choose, [b, s_q, topk], in cache coordinates."""
+        s, s_q = self.scores, self.case.s_q
+        (logits,) = s.side()(copy)
+        table = s.block_table.repeat_interleave(s_q, dim=0) if s_q > 1 else s.block_table
+        chosen = flashmla.topk(logits.flatten(0, 1), self.case.topk, None, table)
+        return chosen.unflatten(0, (self.case.b, s_q))
+
+    def error(self, out: torch.Tensor, copy: int = 0) -> float:
+        """The largest error of the last query's attention over the tokens chosen for it."""
+        index = self.indices(copy)[-1, -1].long()
+        tokens = self.caches[copy].flatten(0, 2)[index[index >= 0]]
+        keys = flashmla.fp8.unpack(tokens).double()
+        weights = (self.q[-1, -1].double() @ keys.T * D_QK**-0.5).softmax(-1)
+        return float((out[-1, -1].double() - weights @ keys[:, :D_V]).abs().max())
+
+    def side(self) -> Side:
+        """Our calls: returns (out, lse)."""
+
+        def call(copy: int) -> Any:
+            return flashmla.flash_mla_with_kvcache(
+                self.q,
+                self.caches[copy],
+                None,
+                None,
+                D_V,
+                None,
+                is_fp8_kvcache=True,
+                indices=self.indices(copy),
+            )
+
+        return call
+
+
+def step(case: Case, device: torch.device, seed: int = 0) -> Step:
+    """Makes a problem."""
+    indexer = cached_scores(case.parts[0], device, seed)
+    g = torch.Generator(device).manual_seed(seed + 1)
+    blocks = indexer.caches[0].shape[0]
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, device=device, dtype=torch.bfloat16)
+
+    def cache() -> torch.Tensor:
+        pages = torch.empty(blocks, 64, 1, FP8_TOKEN, dtype=torch.uint8, device=device)
+        for part in pages.split(2048):
+            tokens = flashmla.fp8.pack(random(len(part) * 64, D_QK))
+            part.copy_(tokens.view(torch.uint8).view(part.shape))
+        return pages
+
+    return Step(
+        case=case,
+        scores=indexer,
+        q=random(case.b, case.s_q, case.h_q, D_QK),
+        caches=tuple(cache() for _ in indexer.caches),
     )
 
 

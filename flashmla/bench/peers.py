@@ -32,6 +32,7 @@ TIER_OF_OP = {
     "topk": "dsa.topk",
     "indexer": "dsa.indexer_logits",
     "indexer_paged": "dsa.indexer_logits_paged",
+    "dsa_step": "dsa.sparse_decode",
 }
 
 PEER = "sgl-flash-mla"  # the distribution that keeps FlashMLA's Hopper kernels, frozen

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flashmla.bench.cases import BF16, D_INDEX, D_QK, D_V, FP8_TOKEN, INDEX_TOKEN, WRITES, Case
-from flashmla.bench.indexing import cached_scores, scores, topk
+from flashmla.bench.indexing import cached_scores, scores, step, topk
 from flashmla.bench.timing import copies_for
 
 __all__ = ["MAKERS", "DenseDecode", "Writing", "dense_decode", "writing"]
@@ -153,6 +153,7 @@ MAKERS: dict[str, Callable[[Case, torch.device], Any]] = {
     "topk": topk,
     "indexer": scores,
     "indexer_paged": cached_scores,
+    "dsa_step": step,
     **dict.fromkeys(WRITES, writing),
 }
 """Who makes the problems of an operation."""
