@@ -9,7 +9,10 @@ checked. The inputs are those of the tests: what must not be read is NaN, what p
 far away. A report of racecheck is not always a race: the tool knows mbarriers and copies of the
 tensor memory accelerator only in part. Whatever it says of a kernel is explained in its NOTES.md.
 
-The sanitizer comes with CUDA's toolkit, or by pip install nvidia-cuda-sanitizer-api.
+First a canary: a call that reads behind the end of a tensor, which memcheck has to find.
+
+The sanitizer comes with CUDA's toolkit, or by pip install nvidia-cuda-sanitizer-api (13.4; 13.0 and
+13.1 lack a part of it).
 """
 
 from __future__ import annotations
@@ -198,6 +201,16 @@ def prefill(device: str) -> None:
             torch.autograd.grad(out, leaves, x.d_out)
 
 
+def canary(device: str) -> None:
+    """A planted mistake: 4096 rows with one log-sum-exp, past the checks of the public function."""
+    import torch
+
+    from flashmla.cuda import library
+
+    out, lse = torch.zeros(4096, 512, device=device), torch.zeros(4096, device=device)
+    library.load().merge_state(out, lse[:1].clone(), out, lse, out.clone(), lse.clone())
+
+
 BODIES: dict[str, Callable[[str], None]] = {
     "split_kv.get_metadata": get_metadata,
     "mla.dense_decode": dense_decode,
@@ -212,6 +225,8 @@ BODIES: dict[str, Callable[[str], None]] = {
 }
 """What to run, by the operation whose tier says whether there is a kernel to check."""
 
+CANARY = "canary"
+
 
 def work(op: str) -> int:
     """The process that the sanitizer watches."""
@@ -220,9 +235,12 @@ def work(op: str) -> int:
     from flashmla import backend
 
     torch.manual_seed(0)
-    if backend.tier_for(op, "cuda") != "cuda":
+    if op == CANARY:
+        canary("cuda")
+    elif backend.tier_for(op, "cuda") != "cuda":
         return NO_KERNEL
-    BODIES[op]("cuda")
+    else:
+        BODIES[op]("cuda")
     torch.cuda.synchronize()
     served = {name: sorted(tiers) for name, tiers in backend.calls.items()}
     print(f"served: {served}")
@@ -270,13 +288,20 @@ def verdict(code: int, text: str) -> str:
     if code == NO_KERNEL:
         return "no CUDA kernel"
     counted = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
-    if code == 0 and counted and not re.search(r"[1-9]", counted[-1]):
+    if code == 0 and counted and not re.search(r"[1-9]", counted[0]):
         return "clean"
-    return counted[-1] if counted and code == FOUND else f"failed with exit code {code}"
+    return counted[0] if counted and code == FOUND else f"failed with exit code {code}"
 
 
 def results(arguments: argparse.Namespace, sanitizer: str) -> Iterator[str]:
     """Runs everything asked for; what is not clean, one line each."""
+    if "memcheck" in arguments.tools:
+        log = arguments.logs / f"{CANARY}-memcheck.log"
+        said, seconds = run(sanitizer, "memcheck", CANARY, log, arguments.limit)
+        print(f"{CANARY:24s} {'memcheck':10s} {seconds:5.0f} s  {said}", flush=True)
+        if not re.search("[1-9][0-9]* error", said):
+            yield f"the canary was not found, so nothing else counts: {said} ({log})"
+            return
     for op in arguments.ops:
         for tool in arguments.tools:
             log = arguments.logs / f"{op}-{tool}.log"
@@ -295,7 +320,7 @@ def main() -> int:
     parser.add_argument("--sanitizer", help="the program compute-sanitizer")
     parser.add_argument("--logs", type=Path, default=ROOT / ".cache" / "sanitize")
     parser.add_argument("--limit", type=int, default=600, help="seconds for one run")
-    parser.add_argument("--work", choices=BODIES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", choices=[*BODIES, CANARY], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         return work(arguments.work)
