@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from flashmla.bench import cases, peers, plots, problems, roofline, run, timing
-from flashmla.bench.cases import CASES, QUICK, TINY, Case, select
+from flashmla.bench import cases, mha, peers, plots, problems, roofline, run, timing
+from flashmla.bench.cases import CASES, QUICK, TINY, Case, PrefillCase, select
 from flashmla.reference import paged_kv
 
 CPU = torch.device("cpu")
@@ -238,6 +238,42 @@ def test_torch_writes_rows_as_its_peer():
     ((name, make),) = peers.find_peers(torch.device("cuda"), "paged_append").items()
     problem = problems.writing(WRITING[0], CPU)
     assert name.startswith("peer:torch-2.") and problem.error(*make(problem)(0)) == 0.0
+
+
+PREFILL = [
+    PrefillCase(op, b=2, s_q=150, s_k=150, spread=spread, h_q=2, h_kv=2, d_qk=d_qk, full=full)
+    for op in ("mha_forward", "mha_backward")
+    for d_qk, full, spread in ((192, False, 0), (192, True, 90), (128, False, 90))
+]
+
+
+@pytest.mark.parametrize("case", PREFILL, ids=lambda case: f"{case.op} {case.name}")
+def test_prefill_is_timed_and_its_error_is_seen(case: PrefillCase):
+    problem = problems.MAKERS[case.op](case, CPU)
+    assert isinstance(problem, mha.Prefill)
+    result = peers.own(problem, "torch")(0)[0].detach()
+    assert problem.error(result) < 0.02
+    wrong = result.clone()
+    wrong[-1, 0, 5] += 1
+    assert problem.error(wrong) > 0.9
+    (row,) = run.measured_rows(case, CPU, rounds=1, ceilings=H100)
+    assert (row["impl"], row["case"]) == ("flashmla-torch", case.name) and row["error"] < 0.02
+
+
+def test_prefill_counts_operations_and_bytes():
+    forward, backward = (
+        PrefillCase(op, b=3, s_k=10, h_q=4) for op in ("mha_forward", PREFILL[-1].op)
+    )
+    assert forward.flops == 3 * 4 * 10 * 10 * (192 + 128)
+    assert replace(forward, full=True).flops == 2 * forward.flops
+    assert backward.flops == 3 * 4 * 10 * 10 * (3 * 192 + 2 * 128)
+    assert forward.bytes_moved == 30 * 4 * (2 * (192 + 128 + 192 + 128) + 4)
+    assert backward.bytes_moved == 30 * 4 * (2 * 2 * (192 + 128 + 192 + 128) + 4)
+    lengths = PrefillCase("mha_forward", b=64, s_k=544, spread=480).lengths()
+    assert lengths.min() >= 64 and lengths.max() <= 1024 and len(set(lengths)) > 50
+    names = {"mha_forward": 1, "mha_backward": 1, "dense_decode": 0}
+    for op, count in names.items():
+        assert sum("cudnn" in name for name in mha.peers(torch.device("cuda"), op)) == count
 
 
 # ---- peers and rows --------------------------------------------------------------------------

@@ -18,12 +18,18 @@ using tvm::ffi::String;
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
-// Makes the tensors' device current for the launch, and the caller's again afterwards.
+// Makes the tensors' device current for the launch, and the caller's again afterwards. A thread
+// that has launched nothing yet, such as autograd's, has no context, which tensor maps need:
+// setting the device makes it current.
 class DeviceGuard {
  public:
   explicit DeviceGuard(const DLDevice& device) : device_(device) {
+    static thread_local int last_set = -1;
     FLASHMLA_CUDA_CHECK(cudaGetDevice(&previous_));
-    if (previous_ != device.device_id) FLASHMLA_CUDA_CHECK(cudaSetDevice(device.device_id));
+    if (previous_ != device.device_id || last_set != device.device_id) {
+      FLASHMLA_CUDA_CHECK(cudaSetDevice(device.device_id));
+    }
+    last_set = device.device_id;
   }
   ~DeviceGuard() {
     if (previous_ != device_.device_id) cudaSetDevice(previous_);

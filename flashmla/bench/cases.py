@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-__all__ = ["CASES", "INDEXING", "OPS", "QUICK", "TINY", "Case", "select"]
+__all__ = ["CASES", "INDEXING", "OPS", "QUICK", "TINY", "Case", "PrefillCase", "select"]
 
 BF16 = 2  # bytes
 FP8_TOKEN = 656  # bytes of a cached token in the FP8 format
 INDEX_TOKEN = 132  # bytes of a cached key of the indexer
 D_QK, D_V = 576, 512
 D_INDEX = 128
+MHA_D_V = 128
+MHA_FORWARD, MHA_BACKWARD = "mha_forward", "mha_backward"
 
 # Bytes that writing a token takes: values in bfloat16 and an int32 slot in, cache bytes out.
 WRITES = {
@@ -157,6 +159,48 @@ class Case:
         return queries + int(lengths.sum()) * INDEX_TOKEN + 4 * scores
 
 
+@dataclass(frozen=True)
+class PrefillCase(Case):
+    """Sequences of ``s_k`` tokens that attend to themselves; with ``spread``, of lengths drawn
+    evenly from ``s_k - spread`` to ``s_k + spread``.
+
+    Args:
+        d_qk: 192 or 128; d_v is 128.
+        full: every query sees every key; causal otherwise.
+    """
+
+    d_qk: int = 192
+    full: bool = False
+
+    @property
+    def name(self) -> str:
+        s = f"{self.s_k}±{self.spread}" if self.spread else str(self.s_k)
+        kind = "full" if self.full else "causal"
+        return f"d={self.d_qk}/{MHA_D_V} {kind} b={self.b} s={s} h={self.h_q}"
+
+    @property
+    def causal(self) -> bool:
+        return not self.full
+
+    def lengths(self) -> np.ndarray:
+        low, high = self.s_k - self.spread, self.s_k + self.spread
+        return np.random.default_rng(0).integers(low, high, self.b, np.int32, endpoint=True)
+
+    @property
+    def flops(self) -> int:
+        """Five products backward, two forward; causal, half of them."""
+        pairs = int((self.lengths().astype(np.int64) ** 2).sum())
+        columns = self.d_qk + MHA_D_V if self.op == MHA_FORWARD else 3 * self.d_qk + 2 * MHA_D_V
+        return 2 * self.h_q * pairs * columns // (1 if self.full else 2)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Forward q, k, v, out and the LSE; backward those, d_out, dq, dk and dv."""
+        once = 2 * (self.d_qk + MHA_D_V) * BF16
+        each = once + 4 if self.op == MHA_FORWARD else 2 * once + 4
+        return int(self.lengths().sum()) * self.h_q * each
+
+
 def _dense(b: int, h_q: int, s_q: int, s_k: int, spread: int = 0) -> Case:
     return Case("dense_decode", b=b, h_q=h_q, s_q=s_q, s_k=s_k, spread=spread)
 
@@ -168,6 +212,27 @@ def _sparse(b: int, h_q: int, s_q: int, topk: int) -> Case:
 def _prefill(h_q: int, s_kv: int) -> Case:
     return Case("sparse_prefill", h_q=h_q, s_q=4096, s_k=s_kv, topk=2048)
 
+
+def _mha(op: str) -> list[PrefillCase]:
+    def case(b: int, s: int, h: int, d_qk: int = 192, full: bool = False) -> PrefillCase:
+        return PrefillCase(op, b=b, s_q=s, s_k=s, h_q=h, h_kv=h, d_qk=d_qk, full=full)
+
+    return [
+        case(1, 8192, 128),
+        case(4, 4096, 64),
+        case(1, 32768, 16),
+        case(1, 8192, 64, full=True),
+        case(4, 4096, 32, full=True),
+        case(1, 8192, 64, d_qk=128),
+        case(4, 4096, 64, d_qk=128),
+    ]
+
+
+MHA_CASES = (
+    *_mha(MHA_FORWARD),
+    PrefillCase(MHA_FORWARD, b=64, s_q=544, s_k=544, spread=480, h_q=128, h_kv=128),
+    *_mha(MHA_BACKWARD),
+)
 
 CASES: tuple[Case, ...] = (
     _dense(128, 128, 1, 4096),
@@ -198,6 +263,7 @@ CASES: tuple[Case, ...] = (
         for s_k in (4096, 8192, 16384, 32768, 131072)
         for op in ("dsa_step", "dense_decode")
     ),
+    *MHA_CASES,
     *(Case(op, tokens=tokens) for op in WRITES for tokens in (65536, 128)),
 )
 

@@ -16,7 +16,8 @@ import torch
 
 import flashmla
 from flashmla import backend
-from flashmla.bench.cases import D_QK, D_V
+from flashmla.bench import mha
+from flashmla.bench.cases import D_QK, D_V, MHA_BACKWARD, MHA_FORWARD
 from flashmla.bench.indexing import TopK
 from flashmla.bench.problems import DenseDecode, Writing
 from flashmla.bench.timing import Side
@@ -33,6 +34,8 @@ TIER_OF_OP = {
     "indexer": "dsa.indexer_logits",
     "indexer_paged": "dsa.indexer_logits_paged",
     "dsa_step": "dsa.sparse_decode",
+    "mha_forward": "mha.forward",
+    "mha_backward": "mha.backward",
 }
 
 PEER = "sgl-flash-mla"  # the distribution that keeps FlashMLA's Hopper kernels, frozen
@@ -107,6 +110,8 @@ def find_peers(device: torch.device, op: str = "dense_decode") -> dict[str, Call
     if op in ("paged_append", "topk"):
         make = _indexed_assignment if op == "paged_append" else TopK.peer
         return {f"peer:torch-{torch.__version__.split('+')[0]}": make}
+    if op in (MHA_FORWARD, MHA_BACKWARD):
+        return mha.peers(device, op)
     if op != "dense_decode" or importlib.util.find_spec("flash_mla") is None:
         return {}
     try:

@@ -8,8 +8,20 @@ from typing import Any
 
 import torch
 
-from flashmla.bench.cases import BF16, D_INDEX, D_QK, D_V, FP8_TOKEN, INDEX_TOKEN, WRITES, Case
+from flashmla.bench.cases import (
+    BF16,
+    D_INDEX,
+    D_QK,
+    D_V,
+    FP8_TOKEN,
+    INDEX_TOKEN,
+    MHA_BACKWARD,
+    MHA_FORWARD,
+    WRITES,
+    Case,
+)
 from flashmla.bench.indexing import cached_scores, scores, step, topk
+from flashmla.bench.mha import prefill
 from flashmla.bench.timing import copies_for
 
 __all__ = ["MAKERS", "DenseDecode", "Writing", "dense_decode", "writing"]
@@ -150,6 +162,7 @@ def writing(case: Case, device: torch.device, seed: int = 0) -> Writing:
 
 MAKERS: dict[str, Callable[[Case, torch.device], Any]] = {
     "dense_decode": dense_decode,
+    **dict.fromkeys((MHA_FORWARD, MHA_BACKWARD), prefill),
     "topk": topk,
     "indexer": scores,
     "indexer_paged": cached_scores,

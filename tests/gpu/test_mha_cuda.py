@@ -282,13 +282,62 @@ def gradients(x: PrefillInputs, deterministic: bool = False) -> list[torch.Tenso
         return list(torch.autograd.grad(out, leaves, x.d_out))
 
 
+def plain_gradients(x: PrefillInputs) -> list[np.ndarray]:
+    """Torch's own gradients of the formula, computed in the inputs' dtype, in float64 arrays."""
+    gradients = [torch.zeros(t.shape, dtype=t.dtype, device=DEVICE) for t in (x.q, x.k, x.v)]
+    queries, keys = x.cu_seqlens_qo.tolist(), x.cu_seqlens_kv.tolist()
+    group = x.case.h_q // x.case.h_kv
+    for i, (s_q, s_k) in enumerate(x.case.sequences):
+        rows, columns = slice(queries[i], queries[i] + s_q), slice(keys[i], keys[i] + s_k)
+        pieces = rows, columns, columns
+        q, k, v = leaves = [
+            t[piece].detach().clone().requires_grad_()
+            for t, piece in zip((x.q, x.k, x.v), pieces, strict=True)
+        ]
+        if s_q == 0 or s_k == 0:
+            continue
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = torch.einsum("shd,thd->hst", q, k) * x.scale
+        if x.case.causal:
+            seen = torch.arange(s_q, device=DEVICE)[:, None] + s_k - s_q
+            hidden = torch.arange(s_k, device=DEVICE) > seen
+            # A row with nothing left is taken out afterwards: -inf alone would make it NaN.
+            scores = scores.masked_fill(hidden, -6e4)
+            p = torch.softmax(scores, -1) * ~hidden.all(-1)[:, None]
+        else:
+            p = torch.softmax(scores, -1)
+        out = torch.einsum("hst,thd->shd", p, v)
+        for to, piece, gradient in zip(
+            gradients, pieces, torch.autograd.grad(out, leaves, x.d_out[rows]), strict=True
+        ):
+            to[piece] = gradient
+    return [g.double().cpu().numpy() for g in gradients]
+
+
 def assert_gradients(x: PrefillInputs, got: list[torch.Tensor]) -> None:
-    for name, gradient, want in zip(("dq", "dk", "dv"), got, x.expected_gradients(), strict=True):
-        assert_gradient_close(gradient, want, name=name)
+    """No further from float64 than twice what plain torch is in the same dtype, in norm and in the
+    largest value; and 0 for queries that see no key and keys that no query sees."""
+    wanted, plain = x.expected_gradients(), plain_gradients(x)
+    blind, unseen = np.isinf(x.expected()[1]).all(1), ~wanted[2].any((1, 2))
+    for gradient, nothing in zip(got, (blind, unseen, unseen), strict=True):
+        assert not gradient[torch.from_numpy(nothing).to(DEVICE)].any()
+    for name, gradient, want, rough in zip(("dq", "dk", "dv"), got, wanted, plain, strict=True):
+        error, allowed = gradient.double().cpu().numpy() - want, rough - want
+        for what, size in (("norm", np.linalg.norm), ("largest", lambda e: np.abs(e).max())):
+            ours, theirs = float(size(error.ravel())), float(size(allowed.ravel()))
+            print(f"{name}, {what} of the error: {ours:.3g}, plain torch's {theirs:.3g}")
+            assert ours <= 2 * theirs, f"{name}: {what} {ours:.3g}, plain torch's {theirs:.3g}"
+
+
+GRADIENT_CASES = (
+    *(c for c in CASES if c.name not in ("one_token", "more_blocks_than_sms", "heads_in_sets")),
+    PrefillCase("more_blocks_than_sms", ((400, 400),), h_q=40, h_kv=40, causal=True, seed=110),
+    PrefillCase("heads_in_sets", ((700, 300),), h_q=24, h_kv=8, d_qk=128, seed=111),
+)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("case", [c for c in CASES if c.name != "one_token"], ids=case_id)
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=case_id)
 def test_gradients_against_oracle(case: PrefillCase, deterministic: bool) -> None:
     x = case.build(DEVICE)
     assert_gradients(x, gradients(x, deterministic))
@@ -312,7 +361,7 @@ def test_what_lies_behind_a_sequence_reaches_no_gradient(d_qk: int, causal: bool
         pair for s in (1, 63, 64, 65, 129, 200, 320) for pair in ((s, s), (0, 130), (70, 0))
     )
     x = PrefillCase("poison", sequences, 2, 2, d_qk, causal=causal, seed=5).build(DEVICE)
-    want = x.expected_gradients()
+    clean = gradients(x, deterministic=True)
     queries, keys = x.cu_seqlens_qo.tolist(), x.cu_seqlens_kv.tolist()
     for i in range(len(sequences)):
         if i % 3:
@@ -320,8 +369,8 @@ def test_what_lies_behind_a_sequence_reaches_no_gradient(d_qk: int, causal: bool
             x.d_out[queries[i] : queries[i + 1]] = float("nan")
             x.k[keys[i] : keys[i + 1]] = float("nan")
             x.v[keys[i] : keys[i + 1]] = float("nan")
-    for name, got, expected in zip(("dq", "dk", "dv"), gradients(x), want, strict=True):
-        assert_gradient_close(got, expected, name=name)
+    for which, got, want in zip(("dq", "dk", "dv"), gradients(x, True), clean, strict=True):
+        assert_identical(which, got, want)
 
 
 @pytest.mark.parametrize("name", ["mixed_causal", "mixed_128_causal", "more_blocks_than_sms"])
@@ -335,7 +384,7 @@ def test_deterministic_gradients_repeat_bit_for_bit(name: str) -> None:
 
 def test_gradients_of_the_lse() -> None:
     """Against float64 gradients of the formula, for a loss of both results."""
-    x = PrefillCase("lse", ((130, 200),), 2, 2, seed=16).build(DEVICE)
+    x = PrefillCase("lse", ((130, 200),), 2, 2, dtype=HALF, seed=16).build(DEVICE)
     d_lse = torch.randn(130, 2, device=DEVICE)
     results = []
     for dtype in (x.q.dtype, torch.float64):
@@ -374,7 +423,8 @@ def test_gradients_of_a_packed_tensor() -> None:
             qkv, x.cu_seqlens_qo, 300, 192, causal=True
         )
         (gradient,) = torch.autograd.grad(out, qkv, x.d_out)
-    assert_gradients(x, list(gradient.split([192, 192, 128], -1)))
+    for got, want in zip(gradient.split([192, 192, 128], -1), gradients(x), strict=True):
+        assert_gradient_close(got, want.double().cpu().numpy())
 
 
 def test_lying_prefix_sums_leave_backward_inside_its_memory() -> None:

@@ -5,9 +5,6 @@
 
 namespace flashmla::sm90::dense_prefill {
 
-// What the columns of the heads that are worked on at a time may take: a little more than L2 holds,
-// measured as better than less, since not all of a head's blocks run at once.
-constexpr int64_t kL2Bytes = int64_t{64} << 20;
 // At the very end balance counts for more than L2: the last sets are one.
 constexpr int kLastSets = 3;
 
@@ -19,12 +16,12 @@ struct Block {
 
 // region: block_order
 // Block `number` of the call. Sequences come one after the other, the longest first. Within one,
-// heads go in sets whose columns fit into L2 together; within a set, all heads' blocks of rank 0
-// come first, then those of rank 1, and so on. Ranks go by work, so that what is left at the end is
-// small. `group` heads read the same columns.
+// heads go in sets whose columns take `set_bytes` together; within a set, all heads' blocks of rank
+// 0 come first, then those of rank 1, and so on. Ranks go by work, so that what is left at the end
+// is small. `group` heads read the same columns.
 __device__ __forceinline__ Block find_block(const Sequences& sequences, const WorkPlan& plan,
                                             int64_t number, int heads, int group,
-                                            int bytes_per_column) {
+                                            int bytes_per_column, int64_t set_bytes) {
   int low = 0, high = sequences.count();
   if (number >= int64_t{plan.blocks[high]} * heads) return {0, -1, 0};
   while (high - low > 1) {
@@ -37,7 +34,7 @@ __device__ __forceinline__ Block find_block(const Sequences& sequences, const Wo
   const int sequence = plan.order[low];
 
   const int64_t bytes = int64_t{max(1, sequences.columns_of(sequence).length)} * bytes_per_column;
-  const int64_t sharing = max(int64_t{1}, min(kL2Bytes / bytes, int64_t{heads}));
+  const int64_t sharing = max(int64_t{1}, min(set_bytes / bytes, int64_t{heads}));
   const int set = min(static_cast<int>(sharing) * group, heads);
   const bool last = plan.blocks[low + 1] == plan.blocks[sequences.count()];
   // Heads that go in sets of the usual size; the others are the last set.

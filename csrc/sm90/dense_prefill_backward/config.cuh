@@ -26,6 +26,9 @@ template <int kDimQk>
 constexpr int kPiecesQk = kDimQk / kPieceCols;
 constexpr int kStages = 2;
 constexpr int kThreads = (1 + kConsumers) * 128;
+// What the heads that are worked on at a time may take of L2, queries and sums together: with more,
+// the sums that all CTAs of a head add to would come from memory.
+constexpr int64_t kSetBytes = int64_t{32} << 20;
 
 // Hardware barriers between the warps of a consumer.
 enum BarrierId : uint32_t { kCleared = 0, kOwnTurn = 2 };  // and one more, of consumer 1

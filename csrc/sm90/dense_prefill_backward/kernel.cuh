@@ -14,6 +14,7 @@
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "../../common/reduce.cuh"
 #include "../dense_prefill/rows.cuh"
 #include "config.cuh"
 
@@ -248,7 +249,7 @@ struct Consumer {
     auto* to = reinterpret_cast<float4*>(p.dq_sums + at * kQueries * kPieceCols) + thread;
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); i += 4) {
-      atomicAdd(to + i / 4 * 128, make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3)));
+      add_to_global(to + i / 4 * 128, make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3)));
     }
     if (p.deterministic) {
       __threadfence();
@@ -365,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<SharedStorage<T, kDimQk>*>(raw);
   // What a query costs in L2: its rows of Q and dO, and its float32 sums.
   const Block block = dense_prefill::find_block(p.sequences, p.plan, blockIdx.x, p.h_kv, 1,
-                                                p.group * (kDimQk * 6 + kDimV * 2));
+                                                p.group * (kDimQk * 6 + kDimV * 2), kSetBytes);
   if (block.head < 0) return;
   const Work work(p, block);
   if (threadIdx.x == 0) {

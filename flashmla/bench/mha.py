@@ -1,0 +1,165 @@
+"""Dense prefill in the benchmark, forward and backward: its problems, and who can do them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import flashmla
+from flashmla.bench.cases import MHA_BACKWARD, MHA_FORWARD, Case, PrefillCase
+from flashmla.bench.timing import Side
+
+__all__ = ["Prefill", "peers", "prefill"]
+
+D_V = 128
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Sequences laid end to end, bfloat16, random normal; so large that no L2 holds them.
+
+    Args:
+        q, k, v: [total, h, d], with gradients where the case is of backward.
+        d_out: [total, h, 128].
+        cu_seqlens: int32 [b + 1].
+    """
+
+    case: PrefillCase
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    d_out: torch.Tensor
+    cu_seqlens: torch.Tensor
+    copies: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def longest(self) -> int:
+        return int(self.case.lengths().max())
+
+    @torch.no_grad()
+    def error(self, result: torch.Tensor, copy: int = 0) -> float:
+        """Largest absolute error of out, or of dq, against float64: the first and last 64 queries
+        of the last sequence, first head."""
+        begin, end = (int(x) for x in self.cu_seqlens[-2:])
+        rows = torch.arange(end - begin, device=self.device)
+        rows = torch.cat([rows[:64], rows[64:][-64:]])
+        q, d_out = self.q[begin:end, 0][rows].double(), self.d_out[begin:end, 0][rows].double()
+        k, v = self.k[begin:end, 0].double(), self.v[begin:end, 0].double()
+        scores = q @ k.T * self.case.d_qk**-0.5
+        if self.case.causal:
+            hidden = torch.arange(len(k), device=self.device) > rows[:, None]
+            scores = scores.masked_fill(hidden, float("-inf"))
+        p = scores.softmax(-1)
+        want = p @ v
+        if self.case.op == MHA_BACKWARD:
+            d_scores = p * (d_out @ v.T - (d_out * want).sum(-1, keepdim=True))
+            want = d_scores @ k * self.case.d_qk**-0.5
+        return float((result[begin:end, 0][rows].double() - want).abs().max())
+
+    def side(self) -> Side:
+        """Returns (out, lse), or (dq, dk, dv) of a forward pass that was made beforehand."""
+        cu_seqlens, longest = self.cu_seqlens, self.longest
+
+        def forward(copy: int) -> Any:
+            return flashmla.flash_attn_varlen_func(
+                self.q,
+                self.k,
+                self.v,
+                cu_seqlens,
+                cu_seqlens,
+                longest,
+                longest,
+                causal=self.case.causal,
+            )
+
+        return forward if self.case.op == MHA_FORWARD else _backward(self, forward)
+
+
+def prefill(case: Case, device: torch.device, seed: int = 0) -> Prefill:
+    """Makes a problem."""
+    assert isinstance(case, PrefillCase)
+    generator = torch.Generator(device).manual_seed(seed)
+    ends = np.concatenate([[0], np.cumsum(case.lengths())]).astype(np.int32)
+
+    def random(d: int) -> torch.Tensor:
+        shape = (int(ends[-1]), case.h_q, d)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    q, k, v, d_out = (random(d) for d in (case.d_qk, case.d_qk, D_V, D_V))
+    for x in (q, k, v):
+        x.requires_grad_(case.op == MHA_BACKWARD)
+    return Prefill(case, q, k, v, d_out, torch.from_numpy(ends).to(device))
+
+
+def peers(device: torch.device, op: str) -> dict[str, Callable[[Any], Side]]:
+    """cuDNN through torch, and FlashAttention-3 (forward) where it is installed."""
+    if device.type != "cuda" or op not in (MHA_FORWARD, MHA_BACKWARD):
+        return {}
+    found: dict[str, Callable[[Any], Side]] = {}
+    found[f"peer:cudnn-{torch.backends.cudnn.version()}"] = _cudnn
+    if op == MHA_FORWARD and importlib.util.find_spec("flash_attn_interface") is not None:
+        found["peer:flash-attention-3"] = _flash_attention_3
+    return found
+
+
+def _cudnn(problem: Prefill) -> Side:
+    """Equal lengths only."""
+    case = problem.case
+
+    def forward(copy: int) -> Any:
+        if case.spread:
+            raise ValueError("takes sequences of one length")
+        q, k, v = (
+            x.unflatten(0, (case.b, case.s_k)).transpose(1, 2)
+            for x in (problem.q, problem.k, problem.v)
+        )
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            out = scaled_dot_product_attention(q, k, v, is_causal=case.causal)
+        return (out.transpose(1, 2).flatten(0, 1),)
+
+    return forward if case.op == MHA_FORWARD else _backward(problem, forward)
+
+
+def _flash_attention_3(problem: Prefill) -> Side:
+    peer = importlib.import_module("flash_attn_interface")
+    cu_seqlens, longest = problem.cu_seqlens, problem.longest
+
+    def call(copy: int) -> Any:
+        out = peer.flash_attn_varlen_func(
+            problem.q,
+            problem.k,
+            problem.v,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            causal=problem.case.causal,
+        )
+        return out if isinstance(out, tuple) else (out,)
+
+    return call
+
+
+def _backward(problem: Prefill, forward: Side) -> Side:
+    """Gradients of a result that the first call makes, so that it is made by the same tier."""
+    made: list[torch.Tensor] = []
+
+    def call(copy: int) -> Any:
+        if not made:
+            made.append(forward(0)[0])
+        inputs = (problem.q, problem.k, problem.v)
+        return torch.autograd.grad(made[0], inputs, problem.d_out, retain_graph=True)
+
+    return call
