@@ -59,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build)
 
     bench = commands.add_parser("bench", help="measure the operations, and peers beside them")
-    bench.add_argument("--op", default="all", help="an operation, or all (the default)")
+    bench.add_argument(
+        "--op",
+        default="all",
+        help="an operation, sweep (dense decode over s_k, b and h_q), or all (the default)",
+    )
     bench.add_argument("--quick", action="store_true", help="five cases instead of all")
     bench.add_argument("--device", choices=["cuda", "cpu"], help="a card if there is one")
     bench.add_argument("--tier", action="append", choices=["cuda", "triton", "torch"], dest="tiers")
@@ -226,4 +230,9 @@ def _bench(options: argparse.Namespace) -> int:
         path = run.default_path(result, options.out) if folder else options.out
         run.write(result, path)
         print(f"written: {path}")
+        if options.op == "sweep" and not result["tiny"]:
+            from flashmla.bench import plots
+
+            plots.sweep(result).savefig(path.with_suffix(".svg"))
+            print(f"drawn: {path.with_suffix('.svg')}")
     return 0 if result["rows"] else 1

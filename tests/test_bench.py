@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flashmla.bench import cases, mha, peers, plots, problems, roofline, run, timing
-from flashmla.bench.cases import CASES, QUICK, TINY, Case, PrefillCase, select
+from flashmla.bench.cases import CASES, QUICK, SWEEP, TINY, Case, PrefillCase, select
 from flashmla.reference import paged_kv
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_selection_by_operation_and_device():
     assert select("dense_decode", "cpu") == TINY
     assert {case.op for case in select("sparse_prefill", "cuda")} == {"sparse_prefill"}
     assert select("all", "cuda") == CASES and select("all", "cuda", quick=True) == QUICK
-    with pytest.raises(ValueError, match="op is 'attention', expected 'all' or one of dense"):
+    with pytest.raises(ValueError, match="op is 'attention', expected 'all', 'sweep' or one of dense"):
         select("attention", "cpu")
 
 
@@ -379,6 +379,25 @@ def test_time_figure_has_a_series_for_each_implementation():
     axes = plots.time_over_length(result_file()).axes[0]
     assert [line.get_label() for line in axes.lines] == ["flashmla-cuda", "peer:other-1.0"]
     assert all(len(line.get_xdata()) == len(QUICK) for line in axes.lines)
+
+
+def test_sweep_draws_each_axis_with_its_implementations_and_the_prediction():
+    rows = [
+        {"op": c.op, "case": c.name, "impl": impl, "us": us * c.s_k, "predicted_us": 1.0 * c.s_k}
+        for axis in SWEEP.values()
+        for c in axis
+        for impl, us in (("flashmla-cuda", 2.0), ("peer:other-1.0", 3.0))
+    ]
+    assert select("sweep", "cpu") == TINY
+    assert len(select("sweep", "cuda")) * 2 == len(rows)
+    figure = plots.sweep({"provenance": {"gpu": "Some Card"}, "rows": rows})
+    assert [axes.get_xlabel() for axes in figure.axes] == list(SWEEP)
+    ours, peer, predicted = figure.axes[0].lines
+    values = [case.s_k for case in SWEEP["s_k"]]
+    assert list(ours.get_xdata()) == values
+    assert list(ours.get_ydata()) == [2.0 * value for value in values]
+    assert list(peer.get_ydata()) == [3.0 * value for value in values]
+    assert list(predicted.get_ydata()) == values
 
 
 def test_plot_refuses_a_file_without_own_rows():

@@ -10,7 +10,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-__all__ = ["CASES", "INDEXING", "OPS", "QUICK", "TINY", "Case", "PrefillCase", "select"]
+__all__ = [
+    "CASES",
+    "INDEXING",
+    "OPS",
+    "QUICK",
+    "SWEEP",
+    "TINY",
+    "Case",
+    "PrefillCase",
+    "select",
+]
 
 BF16 = 2  # bytes
 FP8_TOKEN = 656  # bytes of a cached token in the FP8 format
@@ -241,6 +251,8 @@ CASES: tuple[Case, ...] = (
     _dense(128, 128, 1, 8192, spread=4096),
     _dense(128, 64, 1, 4096),
     _dense(128, 16, 1, 16384),
+    _dense(37, 96, 1, 5000, spread=500),
+    _dense(200, 24, 1, 2000, spread=200),
     _dense(1, 128, 1, 131072),
     _dense(8, 128, 1, 4096),
     _dense(4, 16, 1, 8192),
@@ -279,16 +291,27 @@ QUICK: tuple[Case, ...] = (
 # For machines with no card: they show that the benchmark works, and nothing about speed.
 TINY: tuple[Case, ...] = (_dense(2, 16, 1, 256), _dense(2, 16, 2, 192, spread=64))
 
+# Dense decode along one axis at a time: what a call costs beside its bytes and operations shows in
+# how the time grows.
+SWEEP: dict[str, tuple[Case, ...]] = {
+    "s_k": tuple(_dense(1, 128, 1, s_k) for s_k in (1024, 4096, 16384, 65536, 262144)),
+    "b": tuple(_dense(b, 128, 1, 4096) for b in (1, 2, 4, 8, 16, 32, 64, 128)),
+    "h_q": tuple(_dense(64, h_q, 1, 8192) for h_q in (8, 16, 24, 32, 48, 64, 96, 128)),
+}
+
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 
 def select(op: str, device: str, quick: bool = False) -> tuple[Case, ...]:
-    """The cases of an operation (or ``all``) for a device type, ``"cuda"`` or ``"cpu"``.
+    """The cases of an operation, of ``all`` or of the ``sweep``, for a device type, ``"cuda"`` or
+    ``"cpu"``.
 
     Raises:
         ValueError: there is no such operation.
     """
-    if op != "all" and op not in OPS:
-        raise ValueError(f"op is {op!r}, expected 'all' or one of {', '.join(OPS)}")
+    if op not in ("all", "sweep", *OPS):
+        raise ValueError(f"op is {op!r}, expected 'all', 'sweep' or one of {', '.join(OPS)}")
+    if op == "sweep":
+        return TINY if device == "cpu" else tuple(case for axis in SWEEP.values() for case in axis)
     rows = TINY if device == "cpu" else QUICK if quick else CASES
     return tuple(case for case in rows if op in ("all", case.op))

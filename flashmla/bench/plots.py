@@ -6,11 +6,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flashmla.bench.cases import CASES, TINY, Case
+from flashmla.bench.cases import CASES, SWEEP, TINY, Case
 from flashmla.lab.figures import TIER_COLOURS, canvas, style
 from flashmla.lab.figures_roofline import Point, Roof, roofline
 
-__all__ = ["roofline_of", "time_over_length"]
+__all__ = ["roofline_of", "sweep", "time_over_length"]
 
 _BY_NAME = {(case.op, case.name): case for case in (*CASES, *TINY)}
 
@@ -69,4 +69,28 @@ def time_over_length(result: dict[str, Any], op: str = "dense_decode") -> Figure
         axes.set(xlabel="cached tokens in the batch", ylabel="µs a call", title=op)
         axes.grid()
         axes.legend()
+    return figure
+
+
+def sweep(result: dict[str, Any]) -> Figure:
+    """Microseconds a call over s_k, b and h_q, one panel each, a line an implementation; dashed,
+    what bytes and operations alone would take at the ceilings of the same run."""
+    rows = {(row["case"], row["impl"]): row for row in result["rows"]}
+    impls = list(dict.fromkeys(row["impl"] for row in result["rows"]))
+    with style():
+        figure, panels = canvas(10.5, 3.4, columns=len(SWEEP))
+        for axes, (axis, cases) in zip(panels, SWEEP.items(), strict=True):
+            values = [getattr(case, axis) for case in cases]
+            for impl in impls:
+                times = [rows[case.name, impl]["us"] for case in cases]
+                axes.loglog(values, times, "o-", color=TIER_COLOURS[_tier(impl)], label=impl)
+            predicted = [rows[case.name, impls[0]]["predicted_us"] for case in cases]
+            axes.loglog(values, predicted, "--", color=TIER_COLOURS["reference"], label="predicted")
+            fixed = [f"{name}={getattr(cases[0], name)}" for name in SWEEP if name != axis]
+            axes.set(xlabel=axis, ylabel="µs a call", title=" ".join(fixed))
+            axes.set_xticks(values, [str(value) for value in values], rotation=45)
+            axes.minorticks_off()
+            axes.grid()
+        panels[0].legend()
+        figure.suptitle(f"Dense decode on {result['provenance']['gpu']}")
     return figure
