@@ -60,7 +60,8 @@ def test_selection_by_operation_and_device():
     assert select("dense_decode", "cpu") == TINY
     assert {case.op for case in select("sparse_prefill", "cuda")} == {"sparse_prefill"}
     assert select("all", "cuda") == CASES and select("all", "cuda", quick=True) == QUICK
-    with pytest.raises(ValueError, match="op is 'attention', expected 'all', 'sweep' or one of dense"):
+    message = "op is 'attention', expected 'all', 'sweep' or one of dense"
+    with pytest.raises(ValueError, match=message):
         select("attention", "cpu")
 
 

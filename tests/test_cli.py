@@ -104,7 +104,8 @@ def test_bench_writes_rows_with_provenance(tmp_path: Path, capsys, monkeypatch):
 def test_bench_names_the_operations_there_are(capsys, monkeypatch):
     monkeypatch.setattr(run, "measure_ceilings", lambda device: CEILINGS)
     assert cli.main(["bench", "--op", "decode", "--device", "cpu"]) == 2
-    assert "op is 'decode', expected 'all', 'sweep' or one of dense_decode" in capsys.readouterr().err
+    message = "op is 'decode', expected 'all', 'sweep' or one of dense_decode"
+    assert message in capsys.readouterr().err
 
 
 CEILINGS = run.Ceilings(read_gbps=10.0, copy_gbps=9.0, matmul_tflops=0.5)
