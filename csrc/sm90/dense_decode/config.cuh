@@ -10,8 +10,8 @@
 namespace flashmla::sm90::dense_decode {
 
 constexpr int kRows = 64;          // query rows (s, h) a CTA: one wgmma tile
-constexpr int kTokens = 64;        // KV tokens a tile: one page
-constexpr int kDimQk = 576;        // 512 latent (NoPE) + 64 RoPE
+constexpr int kTokens = 64;        // KV tokens a tile
+constexpr int kDimQk = 576;        // 512 latent (NoPE) + 64 RoPE, which may be missing: then zeros
 constexpr int kDimV = 512;         // the latent is also the value
 constexpr int kHalfV = kDimV / 2;  // output columns a consumer warpgroup owns
 constexpr int kPieceCols = 64;     // a TMA box: 64 tokens x 64 columns, 128 bytes a row
@@ -72,9 +72,12 @@ struct KernelParams {
   const int* block_table;
   int64_t block_table_stride;
   int max_tokens;  // that the block table has room for
+  int page_shift;  // log2 of the tokens in a page: 4 to 8
   const int* cache_seqlens;
   const PlanRow* plan;
+  int plan_stride;  // rows from one part to the next
   const int* num_splits;
+  const float* attn_sink;  // [h_q] or null
   void* out;
   float* lse;
   Partials partials;
@@ -86,31 +89,41 @@ __device__ __forceinline__ int key_limit(const KernelParams& p, int seqlen, int 
   return p.causal ? seqlen - (p.shape.s_q - 1 - s) : seqlen;
 }
 
-// Walks the items of this CTA. Producer and consumers walk the same list. A plan that was made for
-// another batch gives wrong results, but nothing outside the tensors is read or written.
+// Walks the items of this CTA: its share of each request, or each chunk of it. Producer and
+// consumers walk the same list. A plan that was made for another batch gives wrong results, but
+// nothing outside the tensors is read or written.
 class WorkList {
  public:
   __device__ __forceinline__ explicit WorkList(const KernelParams& p)
-      : p_(p), plan_(p.plan[blockIdx.z]), request_(max(0, plan_.begin_request)) {
+      : p_(p),
+        plan_(p.plan[blockIdx.z * p.plan_stride]),
+        request_(max(0, plan_.begin_request)),
+        tile_(max(0, plan_.begin_tile)) {
     const int last_row = min(static_cast<int>(blockIdx.x) * kRows + kRows, p.shape.rows()) - 1;
     last_s_ = last_row / p.shape.group();
   }
 
   __device__ __forceinline__ bool next(WorkItem& item) {
-    const int r = request_++;
+    const int r = request_;
     if (r >= p_.shape.batch || r > plan_.end_request) return false;
-    if (r == plan_.end_request && plan_.end_tile == 0) return false;
-    const bool first = r == plan_.begin_request;
+    if (r == plan_.end_request && (plan_.end_tile == 0 || tile_ >= plan_.end_tile)) return false;
     item.request = r;
     item.seqlen = min(p_.cache_seqlens[r], p_.max_tokens);
-    item.first_tile = first ? max(0, plan_.begin_tile) : 0;
+    item.first_tile = tile_;
+    // This part's share of the request, and the item's of that.
+    int end = r == plan_.end_request ? plan_.end_tile : tiles_of(item.seqlen);
+    const int chunk = plan_.chunk_tiles;
+    const bool more = chunk > 0 && chunk < end - tile_;
+    if (more) end = tile_ + chunk;
     // No row of this CTA sees past its last row's limit.
-    int end = tiles_of(key_limit(p_, item.seqlen, last_s_));
-    if (r == plan_.end_request) end = min(end, plan_.end_tile);
-    item.tiles = max(0, end - item.first_tile);
+    const int seen = min(end, tiles_of(key_limit(p_, item.seqlen, last_s_)));
+    item.tiles = max(0, seen - item.first_tile);
     const int first_slot = p_.num_splits[r];
     item.splits = p_.num_splits[r + 1] - first_slot;
-    item.slot = first_slot + (first ? plan_.begin_split : 0);
+    const int split = r == plan_.begin_request ? plan_.begin_split : 0;
+    item.slot = first_slot + (chunk > 0 ? item.first_tile / chunk : split);
+    request_ = more ? r : r + 1;
+    tile_ = more ? end : 0;
     return true;
   }
 
@@ -118,6 +131,7 @@ class WorkList {
   const KernelParams& p_;
   const PlanRow plan_;
   int request_;
+  int tile_;
   int last_s_;
 };
 

@@ -20,11 +20,16 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const WorkIt
     const int r = blockIdx.x * kRows + row + 8 * h;
     if (r >= p.shape.rows()) continue;
     const bool empty = sum.v[h] == 0.f;  // nothing this row may see: out 0, lse +inf
-    const float inverse = empty ? 0.f : 1.f / sum.v[h];
-    const float lse2 = max.v[h] * p.scale_log2 + log2f(sum.v[h]);
+    const float max2 = max.v[h] * p.scale_log2;
+    const float lse2 = max2 + log2f(sum.v[h]);
+    const int head = blockIdx.y * p.shape.group() + r % p.shape.group();
+    float total = sum.v[h];  // a sink weighs in where the result is whole, and nowhere else
+    if (whole && p.attn_sink != nullptr) {
+      total += exp2f(p.attn_sink[head] * 1.4426950408889634f - max2);
+    }
+    const float inverse = empty ? 0.f : 1.f / total;
     if (whole) {
       const int s = r / p.shape.group();
-      const int head = blockIdx.y * p.shape.group() + r % p.shape.group();
       const int64_t query = static_cast<int64_t>(item.request) * p.shape.s_q + s;
       T* to = static_cast<T*>(p.out) + (query * p.shape.h_q + head) * kDimV + column;
       CUTE_UNROLL

@@ -50,8 +50,11 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
   WorkList list(p);
   for (WorkItem item; list.next(item);) {
     if (item.tiles == 0) continue;
-    const int* pages = p.block_table + item.request * p.block_table_stride + item.first_tile;
-    int page = pages[0];
+    // Block of token t: pages[t >> page_shift]. A tile takes a copy a page, or one of a larger one.
+    const int* pages = p.block_table + item.request * p.block_table_stride;
+    const int last_page = (item.seqlen - 1) >> p.page_shift;
+    const int copies = max(1, kTokens >> p.page_shift);
+    int page = pages[item.first_tile * kTokens >> p.page_shift];
 
     Barrier::wait(&shared.q_empty, (item_count & 1) ^ 1);
     Barrier::arrive_and_expect_tx(&shared.q_full, sizeof(shared.q));
@@ -63,7 +66,8 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
     }
     // region: producer
     for (int j = 0; j < item.tiles; ++j, ++tile_count) {
-      const int next_page = j + 1 < item.tiles ? pages[j + 1] : 0;
+      const int token = (item.first_tile + j) * kTokens;
+      const int next_page = j + 1 < item.tiles ? pages[(token + kTokens) >> p.page_shift] : 0;
       const int stage = tile_count % kStages;
       const int round = tile_count / kStages;
       // In the order in which they come free, which is the order in which QKᵀ takes them.
@@ -74,14 +78,24 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
         for (int i = first_piece(group); i < first_piece(group) + pieces_of(group); ++i) {
           uint64_t* full = &shared.kv_full[stage][i];
           Barrier::arrive_and_expect_tx(full, kPieceElements * sizeof(T));
-          cute::SM90_TMA_LOAD_4D::copy(&k_map, full, hint, shared.kv[stage] + i * kPieceElements,
-                                       i * kPieceCols, 0, blockIdx.y, page);
+          T* to = shared.kv[stage] + i * kPieceElements;
+          cute::SM90_TMA_LOAD_4D::copy(&k_map, full, hint, to, i * kPieceCols,
+                                       token & ((1 << p.page_shift) - 1), blockIdx.y, page);
+          // Pages behind the last one are not looked up: the first stands in for them.
+          for (int c = 1; c < copies; ++c) {
+            const int at = (token >> p.page_shift) + c;
+            cute::SM90_TMA_LOAD_4D::copy(&k_map, full, hint, to + (c << p.page_shift) * kPieceCols,
+                                         i * kPieceCols, 0, blockIdx.y,
+                                         at <= last_page ? pages[at] : page);
+          }
         }
       }
       if (ahead_tiles > 0 && j + ahead_tiles < item.tiles) {
-        const int ahead = pages[j + ahead_tiles];
+        const int at = token + ahead_tiles * kTokens;
+        const int ahead = pages[at >> p.page_shift];
         for (int i = blockIdx.x; i < kPieces; i += gridDim.x) {
-          cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&k_map, i * kPieceCols, 0, blockIdx.y, ahead);
+          cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&k_map, i * kPieceCols,
+                                                 at & ((1 << p.page_shift) - 1), blockIdx.y, ahead);
         }
       }
       page = next_page;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "../../common/shared_memory.h"
 #include "../../common/tensor_map.h"
 #include "kernel.cuh"
 
@@ -14,15 +15,17 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
   const DecodeShape& shape = a.shape;
   const uint64_t rows = shape.rows();
   const CUtensorMap q_map = make_tensor_map_16bit<3>(
-      a.q, a.is_bf16, {kDimQk, rows, static_cast<uint64_t>(shape.batch) * shape.h_kv},
+      a.q, a.is_bf16,
+      {static_cast<uint64_t>(a.d_qk), rows, static_cast<uint64_t>(shape.batch) * shape.h_kv},
       {static_cast<uint64_t>(a.q_stride_row), static_cast<uint64_t>(a.q_stride_batch)},
       {kPieceCols, kRows, 1});
   const CUtensorMap k_map = make_tensor_map_16bit<4>(
       a.k_cache, a.is_bf16,
-      {kDimQk, kTokens, static_cast<uint64_t>(shape.h_kv), static_cast<uint64_t>(a.pages)},
+      {static_cast<uint64_t>(a.d_qk), static_cast<uint64_t>(a.page_block_size),
+       static_cast<uint64_t>(shape.h_kv), static_cast<uint64_t>(a.pages)},
       {static_cast<uint64_t>(a.k_stride_token), static_cast<uint64_t>(a.k_stride_head),
        static_cast<uint64_t>(a.k_stride_page)},
-      {kPieceCols, kTokens, 1, 1});
+      {kPieceCols, static_cast<uint32_t>(std::min(a.page_block_size, kTokens)), 1, 1});
 
   KernelParams p;
   p.shape = shape;
@@ -30,18 +33,21 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   p.block_table = a.block_table;
   p.block_table_stride = a.block_table_stride;
-  p.max_tokens = static_cast<int>(std::min<int64_t>(int64_t{a.max_blocks} * kTokens, INT_MAX));
+  p.max_tokens =
+      static_cast<int>(std::min<int64_t>(int64_t{a.max_blocks} * a.page_block_size, INT_MAX));
+  p.page_shift = __builtin_ctz(a.page_block_size);
   p.cache_seqlens = a.cache_seqlens;
   p.plan = reinterpret_cast<const PlanRow*>(a.plan);
+  p.plan_stride = a.plan_stride;
   p.num_splits = a.num_splits;
+  p.attn_sink = a.attn_sink;
   p.out = a.out;
   p.lse = a.lse;
   p.partials = a.partials;
 
   constexpr int kShared = sizeof(SharedStorage<T>);
   const auto kernel = &dense_decode_kernel<T>;
-  FLASHMLA_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  allow_shared_memory<&dense_decode_kernel<T>>(kShared);
   const dim3 grid((shape.rows() + kRows - 1) / kRows, shape.h_kv, shape.parts);
   kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map);
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
