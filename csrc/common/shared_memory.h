@@ -17,11 +17,11 @@ void allow_shared_memory(int bytes) {
   static std::atomic<uint64_t> allowed{0};  // a bit a device
   int device = 0;
   FLASHMLA_CUDA_CHECK(cudaGetDevice(&device));
-  const uint64_t bit = uint64_t{1} << (device % 64);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (allowed.load(std::memory_order_relaxed) & bit) return;
   FLASHMLA_CUDA_CHECK(
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  if (device < 64) allowed.fetch_or(bit, std::memory_order_relaxed);
+  allowed.fetch_or(bit, std::memory_order_relaxed);
 }
 
 }  // namespace flashmla

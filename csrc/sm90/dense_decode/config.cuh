@@ -18,19 +18,22 @@ constexpr int kPieceCols = 64;     // a TMA box: 64 tokens x 64 columns, 128 byt
 constexpr int kPieces = kDimQk / kPieceCols;
 constexpr int kPiecesHalf = kHalfV / kPieceCols;
 constexpr int kPieceElements = kTokens * kPieceCols;
-constexpr int kStages = 2;
-constexpr int kThreads = 384;  // one producer warpgroup, two consumer warpgroups
+constexpr int kRopePiece = kPieces - 1;
+constexpr int kSlots = 5;           // for halves of tiles: two and a half tiles are in flight
+constexpr int kRegisterPieces = 3;  // of Q, with the consumers; the others are in shared memory
+constexpr int kThreads = 384;       // one producer warpgroup, two consumer warpgroups
 constexpr int kConsumerThreads = 256;
 static_assert(kTokens == kTileTokens, "the plan's tile is the kernel's tile");
 
-// A tile of K comes free in three groups of pieces, each at its own time: the half of V that
-// consumer 0 owns, the half that consumer 1 owns, and RoPE, which only the scores need.
-enum Group : int { kLeft = 0, kRight = 1, kRope = 2, kGroups = 3 };
-__host__ __device__ constexpr int first_piece(int group) {
-  return group * kPiecesHalf;
+// Which pieces of Q stay in registers: one of each half, and RoPE.
+__host__ __device__ constexpr bool in_registers(int piece) {
+  return piece == 3 || piece >= 7;
 }
-__host__ __device__ constexpr int pieces_of(int group) {
-  return group == kRope ? 1 : kPiecesHalf;
+__host__ __device__ constexpr int register_piece(int piece) {
+  return piece == 3 ? 0 : piece - 6;
+}
+__host__ __device__ constexpr int shared_piece(int piece) {
+  return piece < 3 ? piece : piece - 1;
 }
 
 // Hardware barriers between warps of this CTA; 0 is __syncthreads.
@@ -39,19 +42,26 @@ enum BarrierId : uint32_t {
   kProbabilitiesOdd = 2,
   kRowSums = 3,    // both consumers have left their row sums
   kTailZero0 = 4,  // consumer 0 has zeroed the tail of its half of V; 5 is consumer 1's
+  kScored0 = 6,    // consumer 0 has read all of its tile's RoPE piece; 7 is consumer 1's
 };
 
+// A ring holds the halves of tiles, in the order in which they are read first: of each tile the
+// half of V that its scores' consumer owns, then the other's. A half comes free when its owner has
+// multiplied it with P, whichever half that is. RoPE, which only the scores need, has places of its
+// own by the parity of the tile, and when the scores are done their P takes its place.
 template <class T>
 struct SharedStorage {
-  alignas(1024) T q[kPieces * kPieceElements];            // [9 pieces][64 rows][64]
-  alignas(1024) T kv[kStages][kPieces * kPieceElements];  // [9 pieces][64 tokens][64] a stage
-  alignas(1024) T p[kRows * kTokens];                     // [64 rows][64 tokens]
-  float row_max[2][kRows];                                // by parity of the tile
-  float row_alpha[2][kRows];                              // what the tile rescales O by
-  float row_sum[2][2][kRows];                             // by parity of the item, by consumer
+  alignas(1024) T q[(kPieces - kRegisterPieces) * kPieceElements];  // [6 pieces][64 rows][64]
+  alignas(1024) T half[kSlots][kPiecesHalf * kPieceElements];  // [4 pieces][64 tokens][64] a slot
+  alignas(1024) T rope[2][kPieceElements];                     // [64 tokens][64], P [64 rows][64]
+  float row_max[2][kRows];                                     // by parity of the tile
+  float row_alpha[2][kRows];                                   // what the tile rescales O by
+  float row_sum[2][2][kRows];                                  // by parity of the item, by consumer
   uint64_t q_full, q_empty;
-  uint64_t kv_full[kStages][kPieces];
-  uint64_t kv_empty[kStages][kGroups];
+  uint64_t half_full[kSlots][kPiecesHalf];
+  uint64_t half_empty[kSlots];
+  uint64_t rope_full[2];
+  uint64_t rope_empty[2];
 };
 static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
 
@@ -65,14 +75,26 @@ struct WorkItem {
   int slot;    // of the partial result, when splits > 1
 };
 
+// Where the n-th half of all halves lies, and the parity of that round of the ring.
+struct HalfSlot {
+  int slot;
+  uint32_t parity;
+  __device__ __forceinline__ explicit HalfSlot(int n)
+      : slot(static_cast<unsigned>(n) % kSlots), parity(static_cast<unsigned>(n) / kSlots & 1) {}
+};
+
 struct KernelParams {
   DecodeShape shape;
+  const void* q;  // [batch * h_kv, rows, d_qk]
+  int64_t q_stride_batch, q_stride_row;
+  int d_qk;  // 576, or 512: no RoPE part
   bool causal;
   float scale_log2;  // softmax_scale * log2(e): scores go straight to exp2
   const int* block_table;
   int64_t block_table_stride;
-  int max_tokens;  // that the block table has room for
-  int page_shift;  // log2 of the tokens in a page: 4 to 8
+  int tiles_ahead;  // to be prefetched into L2
+  int max_tokens;   // that the block table has room for
+  int page_shift;   // log2 of the tokens in a page: 4 to 8
   const int* cache_seqlens;
   const PlanRow* plan;
   int plan_stride;  // rows from one part to the next

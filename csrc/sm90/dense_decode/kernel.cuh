@@ -11,15 +11,13 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 #include <cute/arch/copy_sm90.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
 
 #include "config.cuh"
 #include "epilogue.cuh"
+#include "producer.cuh"
 #include "softmax.cuh"
 
 namespace flashmla::sm90::dense_decode {
-
-using Barrier = cutlass::arch::ClusterTransactionBarrier;  // mbarrier
 
 template <class T>
 struct Tiles {
@@ -27,6 +25,9 @@ struct Tiles {
   using ValueHalf = TransposedTile<T, kTokens, kHalfV>;  // [256 columns, 64 tokens]
   using Scores = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_64, cute::_64>>()));
+  using ScoresFromRegisters = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::_64, cute::_64>,
+                                 Major::K, Major::K>()));
   using OutputFromRegisters = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::_256, cute::_64>,
                                  Major::K, Major::MN>()));
@@ -34,76 +35,6 @@ struct Tiles {
       cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_256, cute::_64>,
                                  Major::K, Major::MN>()));
 };
-
-// One thread walks the work list and keeps two tiles of K on their way. A group of pieces is
-// fetched as soon as its readers have let go of what lay there before.
-template <class T>
-__device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>& shared,
-                                        const CUtensorMap& q_map, const CUtensorMap& k_map) {
-  // Row tiles that share a cache fetch it into L2 ahead of time, each its share of the pieces.
-  const int ahead_tiles = gridDim.x == 1 ? 0 : gridDim.x == 2 ? 2 : 3;
-  // What nobody else reads need not stay in L2.
-  const auto hint = static_cast<uint64_t>(gridDim.x == 1 ? cute::TMA::CacheHintSm90::EVICT_FIRST
-                                                         : cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  int tile_count = 0;
-  int item_count = 0;
-  WorkList list(p);
-  for (WorkItem item; list.next(item);) {
-    if (item.tiles == 0) continue;
-    // Block of token t: pages[t >> page_shift]. A tile takes a copy a page, or one of a larger one.
-    const int* pages = p.block_table + item.request * p.block_table_stride;
-    const int last_page = (item.seqlen - 1) >> p.page_shift;
-    const int copies = max(1, kTokens >> p.page_shift);
-    int page = pages[item.first_tile * kTokens >> p.page_shift];
-
-    Barrier::wait(&shared.q_empty, (item_count & 1) ^ 1);
-    Barrier::arrive_and_expect_tx(&shared.q_full, sizeof(shared.q));
-    const int head_row = item.request * p.shape.h_kv + blockIdx.y;
-    for (int i = 0; i < kPieces; ++i) {
-      cute::SM90_TMA_LOAD_3D::copy(
-          &q_map, &shared.q_full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-          shared.q + i * kPieceElements, i * kPieceCols, blockIdx.x * kRows, head_row);
-    }
-    // region: producer
-    for (int j = 0; j < item.tiles; ++j, ++tile_count) {
-      const int token = (item.first_tile + j) * kTokens;
-      const int next_page = j + 1 < item.tiles ? pages[(token + kTokens) >> p.page_shift] : 0;
-      const int stage = tile_count % kStages;
-      const int round = tile_count / kStages;
-      // In the order in which they come free, which is the order in which QKᵀ takes them.
-      const int order[kGroups] = {kRope, j & 1, (j & 1) ^ 1};
-      for (int g = 0; g < kGroups; ++g) {
-        const int group = order[g];
-        Barrier::wait(&shared.kv_empty[stage][group], (round & 1) ^ 1);
-        for (int i = first_piece(group); i < first_piece(group) + pieces_of(group); ++i) {
-          uint64_t* full = &shared.kv_full[stage][i];
-          Barrier::arrive_and_expect_tx(full, kPieceElements * sizeof(T));
-          T* to = shared.kv[stage] + i * kPieceElements;
-          cute::SM90_TMA_LOAD_4D::copy(&k_map, full, hint, to, i * kPieceCols,
-                                       token & ((1 << p.page_shift) - 1), blockIdx.y, page);
-          // Pages behind the last one are not looked up: the first stands in for them.
-          for (int c = 1; c < copies; ++c) {
-            const int at = (token >> p.page_shift) + c;
-            cute::SM90_TMA_LOAD_4D::copy(&k_map, full, hint, to + (c << p.page_shift) * kPieceCols,
-                                         i * kPieceCols, 0, blockIdx.y,
-                                         at <= last_page ? pages[at] : page);
-          }
-        }
-      }
-      if (ahead_tiles > 0 && j + ahead_tiles < item.tiles) {
-        const int at = token + ahead_tiles * kTokens;
-        const int ahead = pages[at >> p.page_shift];
-        for (int i = blockIdx.x; i < kPieces; i += gridDim.x) {
-          cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&k_map, i * kPieceCols,
-                                                 at & ((1 << p.page_shift) - 1), blockIdx.y, ahead);
-        }
-      }
-      page = next_page;
-    }
-    // endregion: producer
-    ++item_count;
-  }
-}
 
 // What one thread needs to know of the stretch it works on.
 struct Item {
@@ -145,37 +76,81 @@ struct Consumer {
   int sums_parity = 0;  // of all items: a place for row sums is written again two items later
 
   typename Tiles<T>::Scores scores_mma;
+  typename Tiles<T>::ScoresFromRegisters scores_mma_rs;
   typename Tiles<T>::OutputFromRegisters output_mma_rs;
   typename Tiles<T>::OutputFromShared output_mma_ss;
 
   __device__ __forceinline__ void release(uint64_t* barrier) {
     if (thread % 32 == 0) Barrier::arrive(barrier);
   }
-  __device__ __forceinline__ int stage(int j) const { return (tile_count + j) % kStages; }
-  __device__ __forceinline__ int phase(int j) const { return (tile_count + j) / kStages & 1; }
-  __device__ __forceinline__ const T* value_half(int j) const {
-    return shared.kv[stage(j)] + kMine * kPiecesHalf * kPieceElements;
+  // The halves of tile j: of the consumer that computes its scores, and of the other.
+  __device__ __forceinline__ HalfSlot owners_half(int j) const {
+    return HalfSlot((tile_count + j) * 2);
+  }
+  __device__ __forceinline__ HalfSlot others_half(int j) const {
+    return HalfSlot((tile_count + j) * 2 + 1);
+  }
+  __device__ __forceinline__ int rope_slot(int j) const { return (tile_count + j) & 1; }
+  __device__ __forceinline__ T* p_tile(int j) const { return shared.rope[rope_slot(j)]; }
+
+  // Three pieces of q [64 rows, 576] from global memory, as operands from registers: of each block
+  // of 16 columns two neighbours, in two row halves and two halves of the columns.
+  template <class Queries>
+  __device__ __forceinline__ void load_queries(const WorkItem& work, Queries& q) const {
+    const int64_t head = static_cast<int64_t>(work.request) * p.shape.h_kv + blockIdx.y;
+    const T* base = static_cast<const T*>(p.q) + head * p.q_stride_batch + thread % 4 * 2;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int r = blockIdx.x * kRows + row + 8 * h;
+      const T* from = base + r * p.q_stride_row;
+      CUTE_UNROLL
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (!in_registers(piece)) continue;
+        const bool exists = r < p.shape.rows() && piece * kPieceCols < p.d_qk;
+        CUTE_UNROLL
+        for (int i = 0; i < 8; ++i) {  // eight columns
+          const auto* at = reinterpret_cast<const uint32_t*>(from + piece * kPieceCols + i * 8);
+          reinterpret_cast<uint32_t&>(q(register_piece(piece) * 32 + i * 4 + h * 2)) =
+              exists ? __ldg(at) : 0u;
+        }
+      }
+    }
   }
 
   // S[64 rows, 64 tokens] = Q Kᵀ for tile j, left running. 36 wgmma, four for each piece.
-  template <class Scores>
-  __device__ __forceinline__ void start_scores(int j, Scores& s) {
+  template <class Scores, class Queries>
+  __device__ __forceinline__ void start_scores(int j, Scores& s, const Queries& q) {
     auto thread_mma = scores_mma.get_thread_slice(thread);
+    auto tile = [](const T* from) {
+      return cute::make_tensor(cute::make_smem_ptr(from), typename Tiles<T>::Piece{});
+    };
+    const HalfSlot halves[2] = {owners_half(j), others_half(j)};
     scores_mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+    scores_mma_rs.accumulate_ = cute::GMMA::ScaleOut::One;
     fence_fragment(s);
     CUTE_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
-      const int group = g == 0 ? int(kRope) : g == 1 ? kMine : kOther;
-      CUTE_UNROLL
-      for (int i = first_piece(group); i < first_piece(group) + pieces_of(group); ++i) {
-        Barrier::wait(&shared.kv_full[stage(j)][i], phase(j));
-        cute::warpgroup_arrive();
-        auto q = cute::make_tensor(cute::make_smem_ptr(shared.q + i * kPieceElements),
-                                   typename Tiles<T>::Piece{});  // [64 rows, 64]
-        auto k = cute::make_tensor(cute::make_smem_ptr(shared.kv[stage(j)] + i * kPieceElements),
-                                   typename Tiles<T>::Piece{});  // [64 tokens, 64]
-        gemm_k_loop(scores_mma, thread_mma.partition_fragment_A(q),
-                    thread_mma.partition_fragment_B(k), s);
+    for (int n = 0; n < kPieces; ++n) {  // in the order of their arrival
+      const int piece = n == kRopePiece ? n : n ^ (kMine * kPiecesHalf);
+      const HalfSlot& at = halves[n / kPiecesHalf % 2];
+      const T* from;
+      if (n == kRopePiece) {
+        Barrier::wait(&shared.rope_full[rope_slot(j)], (tile_count + j) >> 1 & 1);
+        from = shared.rope[rope_slot(j)];
+      } else {
+        Barrier::wait(&shared.half_full[at.slot][n % kPiecesHalf], at.parity);
+        from = shared.half[at.slot] + n % kPiecesHalf * kPieceElements;
+      }
+      cute::warpgroup_arrive();
+      auto k = thread_mma.partition_fragment_B(tile(from));  // [64 tokens, 64]
+      if (in_registers(piece)) {
+        CUTE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          cute::gemm(scores_mma_rs, q(cute::_, cute::_, register_piece(piece) * 4 + i),
+                     k(cute::_, cute::_, i), s);
+        }
+      } else {
+        const T* rows = shared.q + shared_piece(piece) * kPieceElements;  // [64 rows, 64]
+        gemm_k_loop(scores_mma, thread_mma.partition_fragment_A(tile(rows)), k, s);
       }
     }
     cute::warpgroup_commit_batch();
@@ -183,8 +158,7 @@ struct Consumer {
 
   // Rows of V past the end of the request may hold anything, NaN included, and 0 · NaN is NaN, so
   // they are cleared. Their scores are masked already: QKᵀ may read either content.
-  __device__ __forceinline__ void clear_tail(int j, int valid_tokens) {
-    T* v = shared.kv[stage(j)] + kMine * kPiecesHalf * kPieceElements;
+  __device__ __forceinline__ void clear_tail(T* v, int valid_tokens) {
     for (int i = thread; i < kPiecesHalf * (kTokens - valid_tokens) * 8; i += 128) {
       const int chunk = i % 8, rest = i / 8;
       const int piece = rest % kPiecesHalf, token = valid_tokens + rest / kPiecesHalf;
@@ -195,7 +169,7 @@ struct Consumer {
     cutlass::arch::NamedBarrier::arrive_and_wait(128, kTailZero0 + kMine);
   }
 
-  // P_j to shared memory, where the other consumer's product reads it, in the 128-byte swizzle.
+  // P_j to where RoPE was, for the other consumer's product, in the 128-byte swizzle.
   template <class Probabilities>
   __device__ __forceinline__ void publish(int j, const Probabilities& pr, const RowPair& max,
                                           const RowPair& alpha) {
@@ -204,7 +178,7 @@ struct Consumer {
     CUTE_UNROLL
     for (int k = 0; k < kTokens / 16; ++k) {
       const int chunk = (k * 2 + lane / 16) ^ (matrix_row % 8);
-      auto* to = reinterpret_cast<cute::uint128_t*>(shared.p + matrix_row * kTokens + chunk * 8);
+      auto* to = reinterpret_cast<cute::uint128_t*>(p_tile(j) + matrix_row * kTokens + chunk * 8);
       const auto* from = reinterpret_cast<const uint32_t*>(&pr(k * 8));
       cute::SM90_U32x4_STSM_N::copy(from[0], from[1], from[2], from[3], *to);
     }
@@ -229,7 +203,7 @@ struct Consumer {
   }
 
   // A tile whose scores the other consumer computes: take over its maximum, then O += P_j V_j, left
-  // running.
+  // running. That P_j is there says that all of K_j is.
   template <class Output>
   __device__ __forceinline__ void start_other_tile(const Item& it, int j, OnlineSoftmax& softmax,
                                                    Output& o) {
@@ -242,15 +216,12 @@ struct Consumer {
       fence_fragment(o);
       rescale(o, alpha);
     }
-    CUTE_UNROLL
-    for (int i = 0; i < kPiecesHalf; ++i) {
-      Barrier::wait(&shared.kv_full[stage(j)][kMine * kPiecesHalf + i], phase(j));
-    }
-    if (it.has_tail(j)) clear_tail(j, it.valid_tokens(j));
+    T* half = shared.half[others_half(j).slot];
+    if (it.has_tail(j)) clear_tail(half, it.valid_tokens(j));
 
-    auto v = cute::make_tensor(cute::make_smem_ptr(value_half(j)), typename Tiles<T>::ValueHalf{});
+    auto v = cute::make_tensor(cute::make_smem_ptr(half), typename Tiles<T>::ValueHalf{});
     auto probabilities =
-        cute::make_tensor(cute::make_smem_ptr(shared.p), typename Tiles<T>::Piece{});
+        cute::make_tensor(cute::make_smem_ptr(p_tile(j)), typename Tiles<T>::Piece{});
     auto thread_mma = output_mma_ss.get_thread_slice(thread);
     fence_fragment(o);
     cute::warpgroup_arrive();
@@ -263,31 +234,33 @@ struct Consumer {
   __device__ __forceinline__ void finish_other_tile(int j, Output& o) {
     cute::warpgroup_wait<0>();
     fence_fragment(o);
-    release(&shared.kv_empty[stage(j)][kMine]);
+    release(&shared.half_empty[others_half(j).slot]);
+    release(&shared.rope_empty[rope_slot(j)]);
   }
 
   // region: own_tile
-  // A tile whose scores are mine, and the product with the other's tile before it, which runs under
-  // the exponentials.
-  template <bool kFirst, class Output, class Scores, class Probabilities>
+  // A tile whose scores are mine, and the product with the other's tile before it, which follows
+  // the scores through the tensor cores. Both are waited for before the softmax: under it the other
+  // consumer's products run, and what this one has read comes free so much sooner.
+  template <bool kFirst, class Output, class Scores, class Probabilities, class Queries>
   __device__ __forceinline__ void own_tile(const Item& it, int j, OnlineSoftmax& softmax, Output& o,
-                                           Scores& s, Probabilities& pr) {
-    start_scores(j, s);
+                                           Scores& s, Probabilities& pr, const Queries& q) {
+    start_scores(j, s, q);
     if (!kFirst) start_other_tile(it, j - 1, softmax, o);
     cute::warpgroup_wait<kFirst ? 0 : 1>();
     fence_fragment(s);
-    release(&shared.kv_empty[stage(j)][kRope]);
+    cutlass::arch::NamedBarrier::sync(128, kScored0 + kMine);  // P goes where RoPE is
     if (j + 2 >= it.tiles) release(&shared.q_empty);
 
     if (it.needs_mask(j)) OnlineSoftmax::mask(s, it.first_token(j), it.limit);
+    if (!kFirst) finish_other_tile(j - 1, o);
     const RowPair alpha = softmax.step(s, p.scale_log2);
     to_operand(s, pr);
-    if (!kFirst) finish_other_tile(j - 1, o);  // shared.p may be written from here on
-
     publish(j, pr, softmax.max, alpha);
     if (any_rescale(alpha)) rescale(o, alpha);
-    if (it.has_tail(j)) clear_tail(j, it.valid_tokens(j));
-    auto v = cute::make_tensor(cute::make_smem_ptr(value_half(j)), typename Tiles<T>::ValueHalf{});
+    T* half = shared.half[owners_half(j).slot];
+    if (it.has_tail(j)) clear_tail(half, it.valid_tokens(j));
+    auto v = cute::make_tensor(cute::make_smem_ptr(half), typename Tiles<T>::ValueHalf{});
     fence_fragment(o);
     cute::warpgroup_arrive();
     gemm_k_loop(output_mma_rs, pr, output_mma_rs.get_thread_slice(thread).partition_fragment_B(v),
@@ -295,7 +268,7 @@ struct Consumer {
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence_fragment(o);
-    release(&shared.kv_empty[stage(j)][kMine]);
+    release(&shared.half_empty[owners_half(j).slot]);
   }
   // endregion: own_tile
 
@@ -304,6 +277,9 @@ struct Consumer {
     auto o = partition_fragment_C(output_mma_rs, Shape<Int<kRows>, Int<kHalfV>>{});  // [64, 256]
     auto s = partition_fragment_C(scores_mma, Shape<Int<kRows>, Int<kTokens>>{});    // [64, 64]
     auto pr = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});            // [64, 64]
+    auto q = make_tensor<T>(                                                         // [64, 192]
+        Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterPieces * kPieceCols / 16>>>{});
+    if (work.tiles > 0) load_queries(work, q);
     clear(o);
     output_mma_rs.accumulate_ = GMMA::ScaleOut::One;
     output_mma_ss.accumulate_ = GMMA::ScaleOut::One;
@@ -315,9 +291,9 @@ struct Consumer {
     // Consumer 0 opens with tile 0; then each takes the other's tile and its own, in turn.
     if (n > 0) Barrier::wait(&shared.q_full, item_count & 1);
     if (n <= kMine && n > 0) release(&shared.q_empty);
-    if (kMine == 0 && n > 0) own_tile<true>(it, 0, softmax, o, s, pr);
+    if (kMine == 0 && n > 0) own_tile<true>(it, 0, softmax, o, s, pr, q);
     int j = kMine == 0 ? 2 : 1;
-    for (; j < n; j += 2) own_tile<false>(it, j, softmax, o, s, pr);
+    for (; j < n; j += 2) own_tile<false>(it, j, softmax, o, s, pr, q);
     if (j == n) {  // the last tile was the other's
       start_other_tile(it, n - 1, softmax, o);
       finish_other_tile(n - 1, o);
@@ -371,11 +347,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     cute::prefetch_tma_descriptor(&k_map);
     Barrier::init(&shared.q_full, 1);
     Barrier::init(&shared.q_empty, 8);  // one arrival a consumer warp
-    for (int s = 0; s < kStages; ++s) {
-      for (int i = 0; i < kPieces; ++i) Barrier::init(&shared.kv_full[s][i], 1);
-      for (int g = 0; g < kGroups; ++g) {
-        Barrier::init(&shared.kv_empty[s][g], 4);  // the warps of the consumer that reads last
-      }
+    for (int s = 0; s < kSlots; ++s) {
+      for (int i = 0; i < kPiecesHalf; ++i) Barrier::init(&shared.half_full[s][i], 1);
+      Barrier::init(&shared.half_empty[s], 4);  // the warps of the half's owner
+    }
+    for (int s = 0; s < 2; ++s) {
+      Barrier::init(&shared.rope_full[s], 1);
+      Barrier::init(&shared.rope_empty[s], 4);  // the warps of the consumer that reads P there
     }
     cutlass::arch::fence_barrier_init();
   }

@@ -27,12 +27,20 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
        static_cast<uint64_t>(a.k_stride_page)},
       {kPieceCols, static_cast<uint32_t>(std::min(a.page_block_size, kTokens)), 1, 1});
 
+  const int row_tiles = (shape.rows() + kRows - 1) / kRows;
   KernelParams p;
   p.shape = shape;
+  p.q = a.q;
+  p.q_stride_batch = a.q_stride_batch;
+  p.q_stride_row = a.q_stride_row;
+  p.d_qk = a.d_qk;
   p.causal = a.causal;
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   p.block_table = a.block_table;
   p.block_table_stride = a.block_table_stride;
+  // Row tiles that share a cache fetch it into L2 ahead of time; for one alone that only displaces
+  // what is about to be used.
+  p.tiles_ahead = row_tiles == 1 ? 0 : row_tiles == 2 ? 2 : 3;
   p.max_tokens =
       static_cast<int>(std::min<int64_t>(int64_t{a.max_blocks} * a.page_block_size, INT_MAX));
   p.page_shift = __builtin_ctz(a.page_block_size);
@@ -48,7 +56,7 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
   constexpr int kShared = sizeof(SharedStorage<T>);
   const auto kernel = &dense_decode_kernel<T>;
   allow_shared_memory<&dense_decode_kernel<T>>(kShared);
-  const dim3 grid((shape.rows() + kRows - 1) / kRows, shape.h_kv, shape.parts);
+  const dim3 grid(row_tiles, shape.h_kv, shape.parts);
   kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map);
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
 }
