@@ -30,8 +30,9 @@ def drawn(figure) -> bool:
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("parts", [1, 3, 8, 132])
-def test_segments_are_the_work_that_the_oracle_finds_in_the_plan(lengths, parts):
-    metadata, _ = schedule.plan(lengths, parts)
+@pytest.mark.parametrize("invariant", [False, True], ids=["plan", "batch-invariant"])
+def test_segments_are_the_work_that_the_oracle_finds_in_the_plan(lengths, parts, invariant):
+    metadata, _ = schedule.plan(lengths, parts, invariant)
     found = [
         (piece.part, piece.request, piece.first_tile, piece.last_tile)
         for piece in figures_split_kv.segments(metadata, lengths)
@@ -54,6 +55,19 @@ def test_segments_hold_every_tile_once():
     )
     want = [(i, t) for i, length in enumerate(LENGTHS[1]) for t in range(-(-length // 64))]
     assert tiles == want
+
+
+def test_part_times_count_tiles_and_openings():
+    naive = [[0, 0, 1, 0, 0, 0, 0, 0], [1, 0, 2, 0, 0, 0, 0, 0], [2, 0, 2, 0, 0, 0, 0, 0]]
+    assert figures_split_kv.part_times(naive, [65, 0]).tolist() == [5 + 2, 5, 0]
+    chunks, _ = schedule.plan([64 * 40], 1, batch_invariant=True)
+    assert figures_split_kv.part_times(chunks, [64 * 40]).tolist() == [3 * 5 + 40]
+
+
+def test_gantt_shows_parts_without_work_and_ends_where_it_is_told():
+    naive = [[0, 0, 1, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0, 0]]
+    (axes,) = figures_split_kv.gantt(naive, [640], until=50).axes
+    assert axes.get_ylim() == (1.5, -0.5) and axes.get_xlim() == (0, 50)
 
 
 def test_gantt_has_a_bar_for_every_segment_and_its_opening():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from flashmla.lab.figures import INK, TIER_COLOURS, canvas, request_colour, style, to_numpy
 from flashmla.schedule import OVERHEAD, TILE
 
-__all__ = ["Segment", "gantt", "parts_sweep", "segments", "split_weights"]
+__all__ = ["Segment", "gantt", "part_times", "parts_sweep", "segments", "split_weights"]
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,44 @@ def segments(metadata: Any, cache_seqlens: Any) -> list[Segment]:
     """Unfold the plan's rows into the pieces of work they stand for.
 
     Args:
-        metadata: [parts, 8] int32, as ``get_mla_metadata`` gives it.
+        metadata: [parts, 8] int32, as ``get_mla_metadata`` gives it, or [parts, 16], a
+            batch-invariant one, whose chunks are pieces of their own.
         cache_seqlens: [b] int32 lengths the plan was made for.
     """
     tiles = -(-to_numpy(cache_seqlens).astype(np.int64) // TILE)
     pieces: list[Segment] = []
     for part, row in enumerate(to_numpy(metadata).tolist()):
-        begin, begin_tile, end, end_tile = row[:4]
+        begin, begin_tile, end, end_tile, _, chunk = row[:6]
         for request in range(begin, min(end + 1, len(tiles))):
             first = begin_tile if request == begin else 0
             last = end_tile if request == end else int(tiles[request])
             # A request of no tiles is somebody's, who writes its empty result.
             empty = tiles[request] == 0 and request < end
-            if last > first or empty:
+            if empty:
                 pieces.append(Segment(part, request, first, last))
+            step = chunk or max(1, last - first)
+            for at in range(first, last, step):
+                pieces.append(Segment(part, request, at, min(last, at + step)))
     return pieces
 
 
-def gantt(metadata: Any, cache_seqlens: Any, title: str = "") -> Figure:
+def part_times(metadata: Any, cache_seqlens: Any) -> np.ndarray:
+    """How long each part takes, in tiles: its tiles, and OVERHEAD for each piece that it opens.
+
+    Args and plans are those of :func:`segments`; the result is int64 [parts].
+    """
+    times = np.zeros(len(metadata), np.int64)
+    for piece in segments(metadata, cache_seqlens):
+        times[piece.part] += OVERHEAD + piece.last_tile - piece.first_tile
+    return times
+
+
+def gantt(metadata: Any, cache_seqlens: Any, title: str = "", until: float | None = None) -> Figure:
     """One row a part (an SM works through it), time in tiles of 64 tokens from left to right.
 
     Each piece starts with the pale cost of opening a request, then its tiles in the request's
-    colour. Drawn from the plan's own numbers, whichever tier computed them.
+    colour. Drawn from the plan's own numbers, whichever tier computed them. ``until`` is where the
+    time axis ends, by default where the drawing does.
     """
     parts = len(metadata)
     # Gaps between rows of less than a few pixels would only shimmer.
@@ -69,7 +85,7 @@ def gantt(metadata: Any, cache_seqlens: Any, title: str = "") -> Figure:
                     middle, piece.part, str(piece.request), ha="center", va="center", size=7.5
                 )
             clock[piece.part] += OVERHEAD + work
-        axes.invert_yaxis()
+        axes.set(ylim=(parts - 0.5, -0.5), xlim=(0, until))  # parts without work are rows as well
         axes.set(xlabel=f"time, in tiles of {TILE} tokens", ylabel="part", title=title)
         axes.axvline(clock.max(initial=1), color=INK, linewidth=0.8, linestyle=":")
     return figure
