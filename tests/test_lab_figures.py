@@ -64,10 +64,11 @@ def test_part_times_count_tiles_and_openings():
     assert figures_split_kv.part_times(chunks, [64 * 40]).tolist() == [3 * 5 + 40]
 
 
-def test_gantt_shows_parts_without_work_and_ends_where_it_is_told():
+def test_gantt_shows_parts_without_work_and_goes_as_far_as_it_is_told():
     naive = [[0, 0, 1, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0, 0]]
-    (axes,) = figures_split_kv.gantt(naive, [640], until=50).axes
-    assert axes.get_ylim() == (1.5, -0.5) and axes.get_xlim() == (0, 50)
+    for until, end in ((50, 51), (10, 15.3)):  # two per cent behind it, and never before the work
+        (axes,) = figures_split_kv.gantt(naive, [640], until=until).axes
+        assert axes.get_ylim() == (1.5, -0.5) and axes.get_xlim() == (0, pytest.approx(end))
 
 
 def test_gantt_has_a_bar_for_every_segment_and_its_opening():

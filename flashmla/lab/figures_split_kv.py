@@ -61,12 +61,12 @@ def part_times(metadata: Any, cache_seqlens: Any) -> np.ndarray:
     return times
 
 
-def gantt(metadata: Any, cache_seqlens: Any, title: str = "", until: float | None = None) -> Figure:
+def gantt(metadata: Any, cache_seqlens: Any, title: str = "", until: float = 0) -> Figure:
     """One row a part (an SM works through it), time in tiles of 64 tokens from left to right.
 
     Each piece starts with the pale cost of opening a request, then its tiles in the request's
-    colour. Drawn from the plan's own numbers, whichever tier computed them. ``until`` is where the
-    time axis ends, by default where the drawing does.
+    colour. Drawn from the plan's own numbers, whichever tier computed them. The time axis goes
+    as far as ``until`` at least, so that figures can share it.
     """
     parts = len(metadata)
     # Gaps between rows of less than a few pixels would only shimmer.
@@ -85,7 +85,8 @@ def gantt(metadata: Any, cache_seqlens: Any, title: str = "", until: float | Non
                     middle, piece.part, str(piece.request), ha="center", va="center", size=7.5
                 )
             clock[piece.part] += OVERHEAD + work
-        axes.set(ylim=(parts - 0.5, -0.5), xlim=(0, until))  # parts without work are rows as well
+        axes.set_ylim(parts - 0.5, -0.5)  # parts without work are rows as well
+        axes.set_xlim(0, 1.02 * max(until, clock.max(initial=1)))
         axes.set(xlabel=f"time, in tiles of {TILE} tokens", ylabel="part", title=title)
         axes.axvline(clock.max(initial=1), color=INK, linewidth=0.8, linestyle=":")
     return figure
