@@ -10,12 +10,15 @@ from flashmla.cuda.indexer import (
     supports_topk,
     topk,
 )
+from flashmla.cuda.sparse import sparse_decode, supports_sparse_decode
 
 __all__ = [
     "indexer_logits",
     "indexer_logits_paged",
+    "sparse_decode",
     "supports_indexer_logits",
     "supports_indexer_logits_paged",
+    "supports_sparse_decode",
     "supports_topk",
     "topk",
 ]

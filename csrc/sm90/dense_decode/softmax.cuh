@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
+#include <cute/tensor.hpp>
 
 #include <cmath>
 

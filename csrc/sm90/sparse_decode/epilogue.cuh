@@ -1,0 +1,107 @@
+// Where a finished stretch of tiles goes: to `out` and `lse` when the list was not split, otherwise
+// to its slot of the partial results, which the combine kernel merges.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include "../dense_decode/softmax.cuh"
+#include "config.cuh"
+
+namespace flashmla::sm90::sparse_decode {
+
+using dense_decode::RowPair;
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// What the sink leaves to the keys: exp(lse) / (exp(lse) + exp(sink)).
+__device__ __forceinline__ float sink_share(const float* attn_sink, int head, float lse2) {
+  return attn_sink == nullptr ? 1.f : 1.f / (1.f + exp2f(attn_sink[head] * kLog2E - lse2));
+}
+
+// lse [batch, h_q, s_q]
+__device__ __forceinline__ void store_lse(const KernelParams& p, int query, int head, float lse) {
+  const int b = query / p.s_q, s = query - b * p.s_q;
+  p.lse[(static_cast<int64_t>(b) * p.h_q + head) * p.s_q + s] = lse;
+}
+
+// Four threads hold x[0..3] each; afterwards thread i holds element i of all four, in their order.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  CUTE_UNROLL
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(kAll, odd ? x[i] : x[i + 1], 1);
+    (odd ? x[i] : x[i + 1]) = got;
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(kAll, upper ? x[i] : x[i + 2], 2);
+    (upper ? x[i] : x[i + 2]) = got;
+  }
+}
+
+// o: this thread's part of O[64 rows, 256 columns of half kMine], not yet divided by the row sums.
+// Element 4 n + 2 h + e is of row + 8 h and, in shared memory's order of columns, of piece n / 8,
+// chunk n % 8, element thread % 4 * 2 + e.
+template <class T, int kMine, class Output>
+__device__ __forceinline__ void store_result(const KernelParams& p, const WorkItem& item, int row,
+                                             Output& o, const RowPair& max, const RowPair& sum) {
+  const int quad = threadIdx.x % 4;
+  const bool writes_lse = kMine == 0 && quad == 0;
+  RowPair factor;  // what is left to multiply O with
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int head = item.first_head + row + 8 * h;
+    const bool exists = head < p.h_q;
+    const bool empty = sum.v[h] == 0.f;  // nothing this query may see: out 0, lse +inf
+    const float lse2 = max.v[h] * p.scale_log2 + log2f(sum.v[h]);
+    factor.v[h] = empty ? 0.f : 1.f / sum.v[h];
+    if (p.splits == 1) {
+      if (exists && !empty) factor.v[h] *= sink_share(p.attn_sink, head, lse2);
+      if (exists && writes_lse) store_lse(p, item.query, head, empty ? INFINITY : lse2 * kLn2);
+    } else if (writes_lse) {
+      p.lse_partial[static_cast<int64_t>(item.number) * kRows + row + 8 * h] =
+          empty ? -INFINITY : lse2;
+    }
+  }
+
+  if (p.splits == 1) {
+    // region: store_rows
+    cutlass::NumericArrayConverter<T, float, 2> convert;
+    T* out = static_cast<T*>(p.out) + static_cast<int64_t>(item.query) * p.h_q * kDimV +
+             kMine * kHalfV + quad * 8;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int head = item.first_head + row + 8 * h;
+      CUTE_UNROLL
+      for (int c = 0; c < kHalfV / 32; ++c) {  // 32 neighbouring columns: two chunks i, both h
+        uint32_t x[4];
+        CUTE_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const int n = (c / 4 * 2 + k % 2) * 8 + c % 4 * 2 + k / 2;
+          const auto pair =
+              convert({o(4 * n + 2 * h) * factor.v[h], o(4 * n + 2 * h + 1) * factor.v[h]});
+          x[k] = reinterpret_cast<const uint32_t&>(pair);
+        }
+        transpose_quad(x);
+        if (head < p.h_q) {
+          auto* to = reinterpret_cast<uint4*>(out + static_cast<int64_t>(head) * kDimV + c * 32);
+          *to = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+      }
+    }
+    // endregion: store_rows
+  } else if (item.first_head + row / 16 * 16 < p.h_q) {  // else none of this warp's rows exists
+    const int warp = threadIdx.x / 32 % 4;
+    const int64_t at = (static_cast<int64_t>(item.number) * 2 + kMine) * 4 + warp;
+    auto* to = reinterpret_cast<float4*>(p.out_partial) + at * 1024 + threadIdx.x % 32;
+    CUTE_UNROLL
+    for (int n = 0; n < cute::size(o) / 4; ++n) {
+      to[n * 32] = make_float4(o(4 * n) * factor.v[0], o(4 * n + 1) * factor.v[0],
+                               o(4 * n + 2) * factor.v[1], o(4 * n + 3) * factor.v[1]);
+    }
+  }
+}
+
+}  // namespace flashmla::sm90::sparse_decode

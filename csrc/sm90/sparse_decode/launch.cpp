@@ -1,0 +1,15 @@
+#include "launch.h"
+
+#include "instances.h"
+
+namespace flashmla::sm90::sparse_decode {
+
+void launch(const Args& args, cudaStream_t stream) {
+  if (args.cache == Cache::kFp8) {
+    launch_fp8(args, stream);
+  } else {
+    (args.is_bf16 ? launch_bf16 : launch_fp16)(args, stream);
+  }
+}
+
+}  // namespace flashmla::sm90::sparse_decode

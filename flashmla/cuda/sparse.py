@@ -1,0 +1,134 @@
+"""Stages 05 and 06 on Hopper: decoding over the tokens that indices name.
+
+Source: ``csrc/sm90/sparse_decode/``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from flashmla.cuda.library import load
+from flashmla.cuda.mla import HEAD_DIM_V, LARGEST_SCALE, SMALLEST_SCALE
+from flashmla.schedule import TILE
+
+__all__ = ["sparse_decode", "splits_for", "supports_sparse_decode"]
+
+HEAD_DIM_QK = 576
+
+ROWS = 64
+"""Heads of one query that a CTA computes."""
+
+LONGEST_SPLIT = 256
+"""Parts that the merging kernel can join."""
+
+START_OVERHEAD = 3.0
+"""What starting a part costs a CTA, in tiles of 64 tokens."""
+
+MERGE_OVERHEAD = 4.0
+"""What writing partial results and merging them costs, in tiles of 64 tokens."""
+
+CACHE_SPAN = 16 << 32
+"""Bytes of cache that a token's 32-bit offset in units of 16 can reach."""
+
+MOST_ITEMS = 1 << 29
+
+
+def sparse_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    indices: Tensor,
+    head_dim_v: int,
+    softmax_scale: float,
+    is_fp8_kvcache: bool,
+    attn_sink: Tensor | None,
+    topk_length: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out [b, s_q, h_q, 512], lse [b, h_q, s_q] float32) from q [b, s_q, h_q, 576], a cache
+    [blocks, page, 1, 656 bytes or 576 numbers of q's dtype] and indices [b, s_q, topk]."""
+    b, s_q, h_q, _ = q.shape
+    queries = b * s_q
+    out = q.new_empty(b, s_q, h_q, head_dim_v)
+    lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    splits = splits_for(queries, h_q, indices.shape[2], _sms(q.device))
+    rows = 0 if splits == 1 else queries * splits * -(-h_q // ROWS) * ROWS
+    partial = q.new_empty(rows * (head_dim_v + 1), dtype=torch.float32)
+    none = indices.new_empty(0)
+    load().sparse_decode(
+        _packed_queries(q),
+        k_cache,
+        indices.reshape(queries, -1),
+        none if topk_length is None else topk_length.reshape(-1),
+        none if attn_sink is None else attn_sink,
+        out,
+        lse,
+        partial[: rows * head_dim_v],
+        partial[rows * head_dim_v :],
+        splits,
+        softmax_scale,
+    )
+    return out, lse
+
+
+@functools.cache
+def _sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=256)
+def splits_for(queries: int, h_q: int, topk: int, sms: int) -> int:
+    """How many CTAs share the list of one query, so that all are done soonest.
+
+    All lists count as equally long, so there is no plan: a card's rounds times what a CTA does in
+    one, counted in tiles.
+    """
+    tiles = max(1, -(-topk // TILE))
+    units = queries * -(-h_q // ROWS)
+    best, least = 1, float("inf")
+    for splits in range(1, min(tiles, LONGEST_SPLIT, max(1, 2 * sms // units)) + 1):
+        rounds = -(-units * splits // sms)
+        cost = rounds * (-(-tiles // splits) + START_OVERHEAD)
+        cost += MERGE_OVERHEAD if splits > 1 else 0.0
+        if cost < least:
+            best, least = splits, cost
+    return best
+
+
+def _packed_queries(q: Tensor) -> Tensor:
+    """q as [b * s_q, h_q, 576], where 16 bytes can be read at once: a view, or else a copy."""
+    rows = q.reshape(-1, *q.shape[2:])
+    aligned = rows.data_ptr() % 16 == 0 and not any(stride % 8 for stride in rows.stride()[:2])
+    return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
+
+
+def supports_sparse_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    indices: Tensor,
+    head_dim_v: int,
+    softmax_scale: float,
+    is_fp8_kvcache: bool,
+    attn_sink: Tensor | None,
+    topk_length: Tensor | None,
+) -> str | None:
+    """None if the kernel takes these arguments, else why not."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"q is {q.dtype}; the kernel takes bfloat16 and float16"
+    if is_fp8_kvcache and q.dtype != torch.bfloat16:
+        return f"q is {q.dtype}; over an FP8 cache the kernel takes bfloat16"
+    if q.shape[-1] != HEAD_DIM_QK or head_dim_v != HEAD_DIM_V:
+        return f"head sizes {q.shape[-1]}/{head_dim_v}; the kernel takes 576/512"
+    if not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
+        return f"softmax_scale {softmax_scale}; the kernel takes 2^-125 to 2^125"
+    if k_cache.shape[0] * k_cache.shape[1] == 0:
+        return "k_cache has no tokens"
+    page_bytes = k_cache.stride(0) * k_cache.element_size()
+    if k_cache.data_ptr() % 16 or (k_cache.shape[0] > 1 and page_bytes % 16):
+        return "k_cache's address or page stride is no multiple of 16 bytes"
+    if page_bytes < 0 or k_cache.shape[0] * page_bytes > CACHE_SPAN:
+        return "k_cache spans more than 64 GiB"
+    if q.shape[0] * q.shape[1] * -(-q.shape[2] // ROWS) >= MOST_ITEMS // LONGEST_SPLIT:
+        return "more than 2 million queries"
+    return None
