@@ -405,3 +405,13 @@ def test_plot_refuses_a_file_without_own_rows():
     result = {**result_file(), "rows": [{"impl": "peer:x"}]}
     with pytest.raises(ValueError, match="no row of this package"):
         plots.roofline_of(result)
+
+
+def test_error_of_a_sparse_problem_is_that_of_its_answer():
+    case = Case("sparse_decode", b=2, h_q=4, s_q=2, s_k=100, topk=30)
+    problem = problems.MAKERS["sparse_decode"](case, CPU)
+    assert problem.caches[0].shape == (4, 64, 1, 656) and problem.indices.shape == (2, 2, 30)
+    assert int(problem.indices[1].min()) >= 128  # of its own sequence, whose pages come second
+    out = problem.side()(1)[0]
+    assert problem.error(out, 1) < 0.02 < problem.error(out, 0)
+    assert problem.error(out + 1, 1) > 0.9

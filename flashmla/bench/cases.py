@@ -261,6 +261,7 @@ CASES: tuple[Case, ...] = (
     _sparse(128, 64, 1, 2048),
     _sparse(2, 128, 2, 2048),
     _sparse(8, 64, 1, 2048),
+    _sparse(8, 16, 1, 2048),
     _sparse(32, 128, 2, 32768),
     _prefill(128, 8192),
     _prefill(128, 32768),

@@ -20,6 +20,7 @@ from flashmla.bench import mha
 from flashmla.bench.cases import D_QK, D_V, MHA_BACKWARD, MHA_FORWARD
 from flashmla.bench.indexing import TopK
 from flashmla.bench.problems import DenseDecode, Writing
+from flashmla.bench.sparse import SparseDecode
 from flashmla.bench.timing import Side
 
 __all__ = ["TIER_OF_OP", "find_peers", "own", "sides"]
@@ -36,6 +37,7 @@ TIER_OF_OP = {
     "dsa_step": "dsa.sparse_decode",
     "mha_forward": "mha.forward",
     "mha_backward": "mha.backward",
+    "sparse_decode": "dsa.sparse_decode",
 }
 
 PEER = "sgl-flash-mla"  # the distribution that keeps FlashMLA's Hopper kernels, frozen
@@ -112,7 +114,11 @@ def find_peers(device: torch.device, op: str = "dense_decode") -> dict[str, Call
         return {f"peer:torch-{torch.__version__.split('+')[0]}": make}
     if op in (MHA_FORWARD, MHA_BACKWARD):
         return mha.peers(device, op)
-    if op != "dense_decode" or importlib.util.find_spec("flash_mla") is None:
+    makers: dict[str, Callable[[Any], Side]] = {
+        "dense_decode": _frozen_flash_mla,
+        "sparse_decode": SparseDecode.peer,
+    }
+    if op not in makers or importlib.util.find_spec("flash_mla") is None:
         return {}
     try:
         version = importlib.metadata.version(PEER)
@@ -122,7 +128,7 @@ def find_peers(device: torch.device, op: str = "dense_decode") -> dict[str, Call
     except (ImportError, OSError) as error:
         warnings.warn(f"{PEER} is installed and does not load: {error}", stacklevel=2)
         return {}
-    return {f"peer:{PEER}-{version}": _frozen_flash_mla}
+    return {f"peer:{PEER}-{version}": makers[op]}
 
 
 def _frozen_flash_mla(problem: DenseDecode) -> Side:

@@ -22,6 +22,7 @@ from flashmla.bench.cases import (
 )
 from flashmla.bench.indexing import cached_scores, scores, step, topk
 from flashmla.bench.mha import prefill
+from flashmla.bench.sparse import sparse_decode
 from flashmla.bench.timing import copies_for
 
 __all__ = ["MAKERS", "DenseDecode", "Writing", "dense_decode", "writing"]
@@ -167,6 +168,7 @@ MAKERS: dict[str, Callable[[Case, torch.device], Any]] = {
     "indexer": scores,
     "indexer_paged": cached_scores,
     "dsa_step": step,
+    "sparse_decode": sparse_decode,
     **dict.fromkeys(WRITES, writing),
 }
 """Who makes the problems of an operation."""

@@ -1,0 +1,115 @@
+"""Problems of sparse decode: queries over the FP8 cache, each with its own list of tokens."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashmla
+from flashmla.bench.cases import D_QK, D_V, Case
+from flashmla.bench.timing import Side, copies_for
+
+__all__ = ["SparseDecode", "sparse_decode"]
+
+_PEER_HEADS = (64, 128)  # what the frozen kernels take
+
+
+@dataclass(frozen=True)
+class SparseDecode:
+    """A sparse decode problem.
+
+    Args:
+        q: [b, s_q, h_q, 576] bfloat16, random normal.
+        caches: copies [blocks, page, 1, 656] uint8, random normal values packed.
+        indices: [b, s_q, topk] int32: tokens of the query's own sequence, each once.
+    """
+
+    case: Case
+    q: Tensor
+    caches: tuple[Tensor, ...]
+    indices: Tensor
+
+    @property
+    def copies(self) -> int:
+        return len(self.caches)
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def scale(self) -> float:
+        return float(D_QK**-0.5)
+
+    def error(self, out: Tensor, copy: int = 0) -> float:
+        """Largest absolute error of out [b, s_q, h_q, 512], over the first and last sequences."""
+        worst = [0.0]
+        for i in {0, self.case.b - 1}:
+            for s in range(self.case.s_q):
+                tokens = self.caches[copy].view(-1, self.caches[copy].shape[-1])
+                keys = flashmla.fp8.unpack(tokens[self.indices[i, s].long()]).double()
+                scores = self.q[i, s].double() @ keys.T * self.scale
+                want = scores.softmax(-1) @ keys[:, :D_V]
+                worst.append(float((out[i, s].double() - want).abs().max()))
+        return max(worst)
+
+    def side(self) -> Side:
+        """Our call: returns (out, lse)."""
+
+        def call(copy: int) -> Any:
+            return flashmla.flash_mla_with_kvcache(
+                self.q, self.caches[copy], None, None, D_V, None, softmax_scale=self.scale,
+                is_fp8_kvcache=True, indices=self.indices,
+            )  # fmt: skip
+
+        return call
+
+    def peer(self) -> Side:
+        """The frozen Hopper kernels, whose queries are padded to 64 or 128 heads beforehand."""
+        module = importlib.import_module("flash_mla")
+        plan, _ = module.get_mla_metadata()
+        heads = next(h for h in _PEER_HEADS if h >= self.case.h_q)
+        q = torch.nn.functional.pad(self.q, (0, 0, 0, heads - self.case.h_q))
+        caches = [cache.view(torch.float8_e4m3fn) for cache in self.caches]
+
+        def call(copy: int) -> Any:
+            out, lse = module.flash_mla_with_kvcache(
+                q, caches[copy], None, None, D_V, plan, softmax_scale=self.scale,
+                is_fp8_kvcache=True, indices=self.indices, use_legacy=True,
+            )  # fmt: skip
+            return out[:, :, : self.case.h_q], lse[:, : self.case.h_q]
+
+        return call
+
+
+def sparse_decode(case: Case, device: torch.device, seed: int = 0) -> SparseDecode:
+    """Makes a problem; copies as for dense decode, by the bytes that a call reads."""
+    g = torch.Generator(device).manual_seed(seed)
+    blocks = case.b * -(-case.s_k // case.page)
+    tokens = blocks * case.page
+
+    def cache() -> Tensor:
+        packed = [
+            flashmla.fp8.pack(
+                torch.randn(n, D_QK, generator=g, device=device).to(torch.bfloat16)
+            ).view(torch.uint8)
+            for n in (min(1 << 18, tokens - at) for at in range(0, tokens, 1 << 18))
+        ]
+        return torch.cat(packed).view(blocks, case.page, 1, -1)
+
+    chosen = [
+        torch.randperm(case.s_k, generator=g, device=device)[: case.topk] + i * (tokens // case.b)
+        for i in range(case.b)
+        for _ in range(case.s_q)
+    ]
+    q = torch.randn(case.b, case.s_q, case.h_q, D_QK, generator=g, device=device)
+    return SparseDecode(
+        case=case,
+        q=q.to(torch.bfloat16),
+        caches=tuple(cache() for _ in range(copies_for(case.bytes_moved, device))),
+        indices=torch.stack(chosen).view(case.b, case.s_q, case.topk).to(torch.int32),
+    )
