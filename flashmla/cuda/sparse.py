@@ -59,7 +59,7 @@ def sparse_decode(
     load().sparse_decode(
         _packed_queries(q),
         k_cache,
-        indices.reshape(queries, -1),
+        indices.reshape(queries, indices.shape[2]),
         none if topk_length is None else topk_length.reshape(-1),
         none if attn_sink is None else attn_sink,
         out,
