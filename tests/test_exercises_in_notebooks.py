@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashmla import PagedKVCache
-from flashmla.lab.exercises import mha, mla, paged_kv, roofline, split_kv
+from flashmla.lab.exercises import dsa, fp8, mha, mla, paged_kv, roofline, split_kv
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -32,6 +32,8 @@ STAGES = {
     "02_mla": mla,
     "03_paged_kv": paged_kv,
     "04_split_kv": split_kv,
+    "05_fp8": fp8,
+    "06_dsa": dsa,
 }
 FOUND = [(stage, *found) for stage in STAGES for found in exercises(stage)]
 

@@ -35,6 +35,7 @@ def words(cell: nbformat.NotebookNode) -> int:
 def test_the_stages_are_there():
     assert {"00_roofline.ipynb", "01_mha.ipynb", "02_mla.ipynb"} <= set(NAMES)
     assert {"03_paged_kv.ipynb", "04_split_kv.ipynb"} <= set(NAMES)
+    assert {"05_fp8.ipynb", "06_dsa.ipynb"} <= set(NAMES)
 
 
 @every_notebook
@@ -107,7 +108,7 @@ def test_exercises_have_a_checker_and_a_folded_solution(path: Path):
 
 @every_notebook
 def test_the_decode_stages_demand_the_cards_kernels(path: Path):
-    if path.name[:2] in ("02", "03", "04"):
+    if path.name[:2] in ("02", "03", "04", "05", "06"):
         source = "\n".join(cell.source for cell in code_cells(path))
         assert re.search(r"assert .*environment\.sizes\(\"torch\", \"cuda\"\)", source)
 

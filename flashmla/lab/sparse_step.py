@@ -74,7 +74,6 @@ class DecodeStep:
         """The step over the k tokens that the indexer finds, to be timed."""
         table, lengths = self._request(context)
 
-        # region: step
         def step(_: int) -> Tensor:
             logits = flashmla.indexer_logits_paged(
                 self.q_index, self.index_pages, self.weights, table, lengths
@@ -84,5 +83,4 @@ class DecodeStep:
                 self.q, self.fp8_pages, None, None, 512, None, is_fp8_kvcache=True, indices=indices
             )[0]
 
-        # endregion: step
         return step

@@ -20,6 +20,7 @@
 
 namespace flashmla::sm90::sparse_decode {
 
+// region: dequantise
 // Eight codes times the float32 scale, each product rounded once to T.
 template <class T>
 __device__ __forceinline__ uint4 dequantise(uint32_t low, uint32_t high, float scale) {
@@ -35,6 +36,7 @@ __device__ __forceinline__ uint4 dequantise(uint32_t low, uint32_t high, float s
   }
   return make_uint4(result[0], result[1], result[2], result[3]);
 }
+// endregion: dequantise
 
 template <class T>
 struct Fp8Producer {
