@@ -47,7 +47,7 @@ def test_the_plan_is_made_without_a_synchronisation(seqlens):
     get_metadata(on_card, 66)  # what is loaded or allocated at first use may synchronise
     torch.cuda.set_sync_debug_mode("error")
     try:
-        get_metadata(on_card, 66, out)
+        get_metadata(on_card, 66, out=out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for got, want in zip(out, get_metadata(lengths, 66), strict=True):

@@ -30,17 +30,22 @@ def table(result: dict[str, Any]) -> list[str]:
         if row["impl"] != OURS:
             continue
         others = [
-            other["us"]
+            time_of(other)
             for other in result["rows"]
             if (other["op"], other["case"]) == (row["op"], row["case"])
             and other["impl"].startswith("peer:")
-            and other["us"] is not None
         ]
         peer = min(others, default=None)
-        ratio = f"{peer / row['us']:.2f}" if peer is not None and row["us"] else "–"
-        cells = [f"{row['op']} {row['case']}", *(number(row[k]) for k in ("us", "tflops", "gbps"))]
+        ratio = f"{peer / time_of(row):.2f}" if peer is not None else "–"
+        rates = [number(row[k] or None) for k in ("tflops", "gbps")]  # a choice has no operations
+        cells = [f"{row['op']} {row['case']}", number(time_of(row)), *rates]
         lines.append("| " + " | ".join([*cells, f"{row['error']:.1e}", number(peer), ratio]) + " |")
     return lines
+
+
+def time_of(row: dict[str, Any]) -> float:
+    """Microseconds from graph replay, or call by call where the call could not be captured."""
+    return float(row["us"] if row["us"] is not None else row["eager_us"])
 
 
 def section(result: dict[str, Any]) -> list[str]:
