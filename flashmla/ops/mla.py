@@ -89,8 +89,8 @@ def flash_mla_with_kvcache(
     Args:
         q: [b, s_q, h_q, 576], bfloat16 or float16; float32 on CPU tensors as well. Dense: 512 too.
         k_cache: [blocks, page, h_kv, 576] of q's dtype, h_q a multiple of h_kv. The stride between
-            pages is free, so a slice of a larger cache will do. Any page size; the Hopper kernel
-            takes 64, and other sizes run on Triton. With ``is_fp8_kvcache``
+            pages is free, so a slice of a larger cache will do. Any page size; for dense decode the
+            Hopper kernel takes 16, 32, 64 (the fastest), 128 and 256. With ``is_fp8_kvcache``
             [blocks, page, 1, 656] of float8_e4m3fn, uint8 or int8 (see :mod:`flashmla.fp8`).
         block_table: int32 [b, max_blocks], the pages of each request in order; what lies behind a
             request's length may hold anything. May be None with ``indices``.
