@@ -52,6 +52,9 @@ def careful_kernel(
             empty = total == -torch.inf
             weights = torch.exp(lse_parts - torch.where(empty, 0.0, total))
             merged = sum(w[..., None] * part for w, (part, _) in zip(weights, parts, strict=True))
+            if inputs.attn_sink is not None:  # its share of the softmax goes to no value
+                kept = torch.where(empty, 0.0, torch.sigmoid(total - inputs.attn_sink))
+                merged = merged * kept[..., None]
             out[i] = merged.to(q.dtype)
             lse[i] = torch.where(empty, torch.inf, total).T
     if mistake == "lse_base_2":

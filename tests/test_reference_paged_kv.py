@@ -52,6 +52,10 @@ def test_paged_decode_is_attention_over_each_request_s_tokens(case):
             kv[t] = cache[block, offset]
         q = inputs.q[i].double().numpy()
         want_out, want_lse = mha.attention(q, kv, kv, case.scale, case.causal)
+        if inputs.attn_sink is not None:  # [h_q], beside want_lse [s_q, h_q]
+            sees = np.isfinite(want_lse)
+            share = np.exp(np.where(sees, inputs.attn_sink.double().numpy() - want_lse, 0.0))
+            want_out = want_out / (1 + share[..., None])
         np.testing.assert_allclose(out[i], want_out[..., : case.d_v], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(lse[i].T, want_lse, rtol=1e-12)
 

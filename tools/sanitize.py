@@ -192,13 +192,13 @@ def prefill(device: str) -> None:
     backward = backend.tier_for("mha.backward", device) == "cuda"
     for case in PREFILL_CASES:
         x = case.build(device)
-        leaves = [t.detach().requires_grad_(backward) for t in (x.q, x.k, x.v)]
+        q, k, v = (t.detach().requires_grad_(backward) for t in (x.q, x.k, x.v))
         out, _ = flashmla.flash_attn_varlen_func(
-            *leaves, x.cu_seqlens_qo, x.cu_seqlens_kv, x.max_seqlen_qo, x.max_seqlen_kv,
+            q, k, v, x.cu_seqlens_qo, x.cu_seqlens_kv, x.max_seqlen_qo, x.max_seqlen_kv,
             softmax_scale=x.scale, causal=case.causal,
         )  # fmt: skip
         if backward:
-            torch.autograd.grad(out, leaves, x.d_out)
+            torch.autograd.grad(out, (q, k, v), x.d_out)
 
 
 def canary(device: str) -> None:

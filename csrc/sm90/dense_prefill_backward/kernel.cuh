@@ -5,9 +5,9 @@
 // A CTA keeps 128 keys and their values and runs over the queries that see them, 64 at a time. Of
 // its three warpgroups one fetches by TMA. The other two own 64 keys each: their dK and dV stay in
 // registers, 320 columns of float32, which is why the tile of queries is no larger. Everything is
-// computed transposed (Sᵀ = K qᵀ), so that Pᵀ and dSᵀ are in registers what the products with dO
-// and q take as they are. Only dQ needs the keys of both: dSᵀ goes to shared memory, each consumer
-// takes some of dQ's columns and adds them to float32 sums in memory.
+// computed transposed (Sᵀ = K qᵀ), so that Pᵀ and dSᵀ are in registers what the products
+// with dO and q take as they are. Only dQ needs the keys of both: dSᵀ goes to shared memory,
+// each consumer takes some of dQ's columns and adds them to float32 sums in memory.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -296,7 +296,8 @@ struct Consumer {
     const uint32_t phase = count / 2 & 1;
     static_assert(kStages == 2, "stages and places of dS are counted alike");
     const int valid = work.queries - m * kQueries;
-    auto s = partition_fragment_C(scores_mma, Shape<Int<kKeys>, Int<kQueries>>{});  // Sᵀ, then Pᵀ
+    // Sᵀ, then Pᵀ: [keys, queries]
+    auto s = partition_fragment_C(scores_mma, Shape<Int<kKeys>, Int<kQueries>>{});
     auto pr = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});  // [64 keys, 64 queries]
     auto ds = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});
 
