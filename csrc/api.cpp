@@ -1,5 +1,6 @@
 // What Python calls: each function unpacks tensors and launches kernels on the caller's stream.
-// Arguments were checked in flashmla/ops; what is checked again here guards memory.
+// The plan and dense decode check everything themselves and answer false, so that Python has to
+// look only at a call that is not in order; merge_state's arguments were checked in flashmla/ops.
 #include <algorithm>
 #include <climits>
 

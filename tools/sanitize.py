@@ -7,7 +7,7 @@ Each operation runs in a process of its own under each tool, every tensor an all
 so that memcheck sees what torch's allocator would hide; only kernels of the namespace flashmla are
 checked. The inputs are those of the tests: what must not be read is NaN, what points nowhere points
 far away. A report of racecheck is not always a race: the tool knows mbarriers and copies of the
-tensor memory accelerator only in part. Whatever it says of a kernel is explained in its NOTES.md.
+tensor memory accelerator only in part. What it has to say of a kernel belongs into its NOTES.md.
 
 First a canary: a call that reads behind the end of a tensor, which memcheck has to find.
 

@@ -1,4 +1,4 @@
-// The warpgroup matrix product (wgmma) in three shapes, as CuTe atoms, and one loop over them.
+// Layouts of tiles that wgmma reads, the loop over their k, and the fence around accumulators.
 #pragma once
 
 #include <cutlass/bfloat16.h>

@@ -36,7 +36,7 @@ __host__ __device__ constexpr int shared_piece(int piece) {
   return piece < 3 ? piece : piece - 1;
 }
 
-// Hardware barriers between warps of this CTA; 0 is __syncthreads.
+// Barriers between warps of this CTA, as CUTLASS numbers them: behind its own eight, of sixteen.
 enum BarrierId : uint32_t {
   kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits
   kProbabilitiesOdd = 2,
@@ -44,6 +44,8 @@ enum BarrierId : uint32_t {
   kTailZero0 = 4,  // consumer 0 has zeroed the tail of its half of V; 5 is consumer 1's
   kScored0 = 6,    // consumer 0 has read all of its tile's RoPE piece; 7 is consumer 1's
 };
+
+static_assert(kScored0 + 1 + uint32_t(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier) < 16);
 
 // A ring holds the halves of tiles, in the order in which they are read first: of each tile the
 // half of V that its scores' consumer owns, then the other's. A half comes free when its owner has
@@ -92,7 +94,7 @@ struct KernelParams {
   float scale_log2;  // softmax_scale * log2(e): scores go straight to exp2
   const int* block_table;
   int64_t block_table_stride;
-  int tiles_ahead;  // to be prefetched into L2
+  int tiles_ahead;  // to be prefetched into L2 (of pages below 64 tokens the first of the tile)
   int max_tokens;   // that the block table has room for
   int page_shift;   // log2 of the tokens in a page: 4 to 8
   const int* cache_seqlens;

@@ -47,7 +47,7 @@ __device__ __forceinline__ int chunk_offset_bytes(int piece, int row, int chunk)
   return piece * kPieceBytes + row * 128 + ((chunk ^ (row % 8)) * 16);
 }
 
-// Hardware barriers between warps of this CTA; 0 is __syncthreads.
+// Barriers between warps of this CTA, as CUTLASS numbers them: behind its own eight, of sixteen.
 enum BarrierId : uint32_t {
   kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits
   kProbabilitiesOdd = 2,

@@ -1,4 +1,4 @@
-// What api_dsa.cpp may call of sparse decode: plain pointers and numbers, no CuTe.
+// What api_sparse.cpp may call of sparse decode: plain pointers and numbers, no CuTe.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ struct Args {
   int s_q;
   int h_q;
   int topk;
-  int splits;  // of each list; partial results are merged by a second kernel when there are several
+  int splits;  // of each list; merged by a cluster of them (merge.cuh), else by a second kernel
   float softmax_scale;
   const void* q;  // [queries, h_q, 576]
   int64_t q_stride_query, q_stride_head;
