@@ -61,8 +61,8 @@ class PagedKVCache:
         device: where the tensors are.
         max_sequences: sequences that may be alive at the same time.
         max_pages_per_sequence: width of the block table; ``num_pages`` unless given.
-        fp8_format: keep tokens in the 656-byte format of :mod:`flashmla.fp8`, for sparse decode;
-            needs one head of 576.
+        fp8_format: keep tokens in the 656-byte format of :mod:`flashmla.fp8`, to be read with
+            ``is_fp8_kvcache=True``; needs one head of 576.
 
     Attributes:
         kv: [num_pages, page_size, num_heads, head_dim] of ``dtype``, or uint8

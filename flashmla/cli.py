@@ -29,6 +29,7 @@ OPERATIONS = (
     "fp8.append",
     "fp8.index_pack",
     "fp8.index_append",
+    "fp8.dense_decode",
     "dsa.indexer_logits",
     "dsa.indexer_logits_paged",
     "dsa.topk",

@@ -320,6 +320,18 @@ def index_append(cache: Tensor, slots: Tensor, x: Tensor) -> None:
     _index_append(cache, slots, x)
 
 
+def slots_in_use(block_table: Tensor, lengths: Tensor, page: int) -> Tensor:
+    """Where the tokens of requests are: int64 [tokens of all], block * page + offset.
+
+    Args:
+        block_table: int32 [b, max_blocks].
+        lengths: int32 [b], at most max_blocks * page each.
+    """
+    position = torch.arange(block_table.shape[1] * page, device=lengths.device)
+    request, at = (position < lengths.unsqueeze(1)).nonzero().unbind(1)
+    return block_table[request, at // page].long() * page + at % page
+
+
 def check_index_scales(name: str, cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
     """As :func:`check_scales`, for the tokens of requests in the indexer's cache.
 
@@ -327,9 +339,7 @@ def check_index_scales(name: str, cache: Tensor, block_table: Tensor, lengths: T
         block_table: int32 [b, max_blocks], within the cache up to each length.
         lengths: int32 [b].
     """
-    position = torch.arange(block_table.shape[1] * INDEX_PAGE, device=cache.device)
-    request, at = (position < lengths.unsqueeze(1)).nonzero().unbind(1)
-    slots = (block_table[request, at // INDEX_PAGE] * INDEX_PAGE + at % INDEX_PAGE).unique()
+    slots = slots_in_use(block_table, lengths, INDEX_PAGE).unique()
     pages = cache.view(torch.uint8).flatten(1)[:, INDEX_PAGE * INDEX_DIM :]
     scales = pages.contiguous().view(torch.float32).flatten()[slots]
     wrong = (~((scales > 0) & scales.isfinite())).nonzero()

@@ -21,6 +21,7 @@ have deviation 1 and the absolute bound of the outputs means something.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +57,12 @@ def to_numpy(x: torch.Tensor | None) -> np.ndarray | None:
 
 
 def inside_nan(x: torch.Tensor, extra: dict[int, int]) -> torch.Tensor:
-    """x as a slice of a larger tensor: `extra[dim]` entries of NaN before it along each dim."""
+    """x as a slice of a larger tensor: `extra[dim]` entries of NaN before it along each dim.
+
+    Bytes stand for packed tokens, every field of which is NaN where all bits are set.
+    """
     shape = [n + extra.get(dim, 0) for dim, n in enumerate(x.shape)]
-    view = torch.full(shape, float("nan"), dtype=x.dtype)
+    view = torch.full(shape, 255 if x.dtype == torch.uint8 else float("nan"), dtype=x.dtype)
     for dim, n in extra.items():
         view = view.narrow(dim, n, x.shape[dim])
     return view.copy_(x)
@@ -101,6 +105,8 @@ class DecodeCase:
     shared_prefix_pages: int = 0  # full pages that all long enough requests have in common
     unused_blocks: int = 5
     sink: bool = False
+    fp8: bool = False  # the cache is packed, what is unused in it to NaN codes and NaN scales
+    power_of_two: bool = True  # its scales
     strided: bool = True  # q and the cache are slices of larger tensors full of NaN
     seed: int = 0
 
@@ -126,6 +132,8 @@ class DecodeCase:
                 block = cache[table[i, j]]
                 # A shared page keeps the values that its first owner gave it.
                 block[:used] = torch.where(block[:used].isnan(), tokens, block[:used])
+        if self.fp8:
+            cache = torch.from_numpy(fp8.pack(to_numpy(cache), self.power_of_two))
         if self.strided:
             q = inside_nan(q, {2: 1, 3: 64})
             cache = inside_nan(cache[:, None], {1: 1})[:, 0]  # one layer of a cache of two
@@ -169,7 +177,7 @@ class DecodeInputs:
 
     case: DecodeCase
     q: torch.Tensor  # [b, s_q, h_q, d_qk], last dimension contiguous, others maybe strided
-    k_cache: torch.Tensor  # [blocks, page, h_kv, d_qk], free stride between pages
+    k_cache: torch.Tensor  # [blocks, page, h_kv, d_qk or 656 bytes], free stride between pages
     block_table: torch.Tensor  # int32 [b, max_blocks]
     cache_seqlens: torch.Tensor  # int32 [b]
     attn_sink: torch.Tensor | None = None  # float32 [h_q]
@@ -180,7 +188,8 @@ class DecodeInputs:
 
     def expected(self, sink: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """out float64 [b, s_q, h_q, d_v], lse float64 [b, h_q, s_q]."""
-        return paged_kv.paged_decode(
+        oracle = fp8.dense_decode if self.case.fp8 else paged_kv.paged_decode
+        return oracle(
             to_numpy(self.q), to_numpy(self.k_cache), to_numpy(self.block_table),
             to_numpy(self.cache_seqlens), self.case.d_v, self.scale, self.case.causal,
             to_numpy(self.attn_sink) if sink else None,
@@ -224,6 +233,25 @@ DECODE_CASES: tuple[DecodeCase, ...] = (
     DecodeCase("page_48", (0, 47, 48, 49, 150), page=48, s_q=2, causal=True, seed=22),
     DecodeCase("page_128", (0, 127, 128, 300), page=128, seed=23),
     DecodeCase("page_256_fp16", (0, 255, 257), page=256, dtype=_HALF, seed=24),
+)
+
+
+# The same over the FP8 cache.
+DENSE_FP8_CASES: tuple[DecodeCase, ...] = (
+    DecodeCase("fp8", fp8=True, seed=1),
+    DecodeCase("fp8_any_scale", (65, 3, 200), fp8=True, power_of_two=False, seed=2),
+    DecodeCase("fp8_causal", s_q=2, causal=True, fp8=True, seed=3),
+    DecodeCase("fp8_causal_rows_with_nothing", (0, 1, 2, 3, 64, 66), 4, 8, causal=True, fp8=True),
+    DecodeCase("fp8_two_tokens_not_causal", (64, 1, 130), 2, 5, fp8=True, seed=5),
+    DecodeCase("fp8_sink", (0, 1, 70, 129), 3, 4, causal=True, sink=True, fp8=True, seed=6),
+    DecodeCase("fp8_all_empty", (0, 0), h_q=4, fp8=True, seed=7),
+    DecodeCase("fp8_one_head", (65, 0, 190), h_q=1, fp8=True, seed=8),
+    DecodeCase("fp8_128_heads", (1, 100), 2, 128, causal=True, fp8=True, seed=9),
+    DecodeCase("fp8_split", (3, 2600), h_q=8, fp8=True, power_of_two=False, seed=10),
+    DecodeCase("fp8_page_1", (0, 5, 33), h_q=2, page=1, fp8=True, seed=11),
+    DecodeCase("fp8_page_48", (0, 47, 48, 49, 150), 2, page=48, causal=True, fp8=True, seed=12),
+    DecodeCase("fp8_page_256", (0, 255, 257), page=256, fp8=True, strided=False, seed=13),
+    DecodeCase("fp8_shared_prefix", (130, 64, 200), shared_prefix_pages=1, fp8=True, seed=14),
 )
 
 
@@ -280,6 +308,25 @@ def large_decode_cases() -> list[DecodeCase]:
         DecodeCase("sharp", (*LENGTHS, 2000), 1, 64, softmax_scale=0.4, seed=311),
         DecodeCase("shared_prefix_large", (2000,) * 16, 1, 128, shared_prefix_pages=20, seed=312),
         DecodeCase("cache_over_4_gib", (*LENGTHS, 3000), 2, 64, unused_blocks=40_000, seed=313),
+    ]
+
+
+def large_dense_fp8_cases() -> list[DecodeCase]:
+    """For a card: the large cases again, over the FP8 cache."""
+    plain = [
+        dataclasses.replace(
+            case, name=f"fp8_{case.name}", fp8=True, power_of_two=i % 2 == 0, seed=case.seed + 1000
+        )
+        for i, case in enumerate(large_decode_cases())
+        if case.dtype == torch.bfloat16
+        and case.d_qk == 576
+        and case.h_kv == 1
+        and case.unused_blocks < 1000
+    ]
+    return [
+        *plain,
+        DecodeCase("fp8_pages_of_1", (0, 1, 700), 2, 16, page=1, causal=True, fp8=True, seed=1600),
+        DecodeCase("fp8_pages_of_100", (*LENGTHS, 3000), 1, 64, page=100, fp8=True, seed=1601),
     ]
 
 

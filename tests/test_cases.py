@@ -7,22 +7,24 @@ import pytest
 import torch
 from cases import (
     DECODE_CASES,
+    DENSE_FP8_CASES,
     PREFILL_CASES,
     SPARSE_DECODE_CASES,
     SPARSE_PREFILL_CASES,
     WILD,
     case_id,
     large_decode_cases,
+    large_dense_fp8_cases,
     to_numpy,
 )
 
 from flashmla.lab.check import assert_identical
 from flashmla.reference import fp8
 
-ALL = (*DECODE_CASES, *SPARSE_DECODE_CASES, *SPARSE_PREFILL_CASES, *PREFILL_CASES)
+ALL = (*DECODE_CASES, *DENSE_FP8_CASES, *SPARSE_DECODE_CASES, *SPARSE_PREFILL_CASES, *PREFILL_CASES)
 
 
-@pytest.mark.parametrize("case", DECODE_CASES, ids=case_id)
+@pytest.mark.parametrize("case", [*DECODE_CASES, *DENSE_FP8_CASES], ids=case_id)
 def test_all_of_the_cache_that_is_not_in_use_is_nan(case):
     inputs = case.build()
     used = torch.zeros(inputs.k_cache.shape[:2], dtype=torch.bool)
@@ -31,13 +33,17 @@ def test_all_of_the_cache_that_is_not_in_use_is_nan(case):
             used[inputs.block_table[i, t // case.page], t % case.page] = True
         behind = inputs.block_table[i, -(-length // case.page) :]
         assert len(behind) >= 2 and (behind == WILD).all()
-    assert not inputs.k_cache[used].isnan().any() and inputs.k_cache[~used].isnan().all()
+    values = inputs.k_cache
+    if case.fp8:
+        values = torch.from_numpy(fp8.unpack(to_numpy(inputs.k_cache)))
+    assert not values[used].isnan().any() and values[~used].isnan().all()
     assert (~used).any() and not inputs.q.isnan().any()
     assert inputs.cache_seqlens.tolist() == list(case.lengths)
     if case.strided:
         assert inputs.q._base.isnan().any()
-        assert inputs.k_cache.stride(0) == 2 * case.page * case.h_kv * case.d_qk
-        assert inputs.k_cache._base[:, 0].isnan().all()
+        assert inputs.k_cache.stride(0) == 2 * inputs.k_cache[0].numel()
+        beside = inputs.k_cache._base[:, 0]
+        assert (beside == 255).all() if case.fp8 else beside.isnan().all()
     assert inputs.q.stride(-1) == inputs.k_cache.stride(-1) == 1
 
 
@@ -49,7 +55,9 @@ def test_the_list_has_the_lengths_where_kernels_break():
     assert {case.page for case in large_decode_cases()} == {16, 32, 64, 128, 256}
 
 
-@pytest.mark.parametrize("cases", [ALL, large_decode_cases()], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "cases", [ALL, [*large_decode_cases(), *large_dense_fp8_cases()]], ids=["small", "large"]
+)
 def test_names_are_unique(cases):
     names = [(type(case), case.name) for case in cases]
     assert len(set(names)) == len(names)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DECODE_CASES, PREFILL_CASES, SPARSE_DECODE_CASES, SPARSE_PREFILL_CASES
+from cases import (
+    DECODE_CASES,
+    DENSE_FP8_CASES,
+    PREFILL_CASES,
+    SPARSE_DECODE_CASES,
+    SPARSE_PREFILL_CASES,
+)
 
 import flashmla
 from flashmla import fp8
@@ -42,6 +48,19 @@ def test_dense_decode_with_both_forms_of_the_plan():
     arguments = (x.q, x.k_cache, x.block_table, x.cache_seqlens)
     for function in (old, two_layers):
         assert_same(compiled(function)(*arguments), function(*arguments))
+
+
+def test_dense_decode_over_the_fp8_cache():
+    x = DENSE_FP8_CASES[2].build()
+
+    def step(q, cache, table, lengths):
+        plan = flashmla.get_mla_metadata(lengths, 32, 1)
+        return flashmla.flash_mla_with_kvcache(
+            q, cache, table, lengths, 512, *plan, causal=True, is_fp8_kvcache=True
+        )
+
+    arguments = (x.q, x.k_cache, x.block_table, x.cache_seqlens)
+    assert_same(compiled(step)(*arguments), step(*arguments))
 
 
 def test_rescheduling_in_place():
@@ -139,6 +158,8 @@ def operator_calls():
     """Every operator with arguments that it takes."""
     d = DECODE_CASES[12].build()
     plan = flashmla.get_mla_metadata(d.cache_seqlens, 8, 2)
+    d8 = DENSE_FP8_CASES[2].build()
+    plan8 = flashmla.get_mla_metadata(d8.cache_seqlens, 32, 1)
     s, f, m = (
         SPARSE_DECODE_CASES[6].build(),
         SPARSE_PREFILL_CASES[1].build(),
@@ -156,6 +177,9 @@ def operator_calls():
     return {
         "mla_dense_decode": (
             d.q, d.k_cache, d.block_table, d.cache_seqlens, 512, *plan, 0.04, True
+        ),
+        "fp8_dense_decode": (
+            d8.q, d8.k_cache, d8.block_table, d8.cache_seqlens, 512, *plan8, 0.04, True
         ),
         "split_kv_get_metadata": (d.cache_seqlens, 7),
         "split_kv_merge_state": merge,

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import DECODE_CASES, SPARSE_DECODE_CASES, DecodeCase
+from cases import DECODE_CASES, DENSE_FP8_CASES, SPARSE_DECODE_CASES, DecodeCase
 
 import flashmla
-from flashmla import fp8, schedule
+from flashmla import backend, fp8, schedule
 from flashmla.lab.check import assert_identical, assert_lse_close, assert_out_close
 from flashmla.ops import split_kv
+
+NAN = float("nan")
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +202,9 @@ BAD_DENSE = [
     ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a number, got str"),
     ({"softmax_scale": torch.tensor(1.0)}, TypeError, "softmax_scale must be a number, got Tensor"),
     ({"causal": 1}, TypeError, "causal must be True or False, got int 1"),
-    ({"is_fp8_kvcache": True}, ValueError, "is_fp8_kvcache=True needs indices"),
+    ({"is_fp8_kvcache": True}, TypeError,
+     "k_cache must be of dtype float8_e4m3fn or uint8 or int8, got bfloat16"),
+    ({"is_fp8_kvcache": 1}, TypeError, "is_fp8_kvcache must be True or False, got int 1"),
     ({"attn_sink": torch.zeros(5)}, ValueError,
      r"attn_sink must have shape \[h_q] = \[4], got \[5]"),
     ({"attn_sink": torch.zeros(4).half()}, TypeError,
@@ -218,6 +222,73 @@ BAD_DENSE = [
 def test_bad_dense_input(changes, error, message):
     with pytest.raises(error, match=message):
         call(arguments(**changes))
+
+
+def fp8_arguments(**changes):
+    """A small valid dense call over an FP8 cache, with changes."""
+    inputs = DecodeCase("small", (65, 3), 2, 4, fp8=True, seed=3).build()
+    return arguments(is_fp8_kvcache=True, k_cache=inputs.k_cache) | {
+        name: value(inputs) if callable(value) else value for name, value in changes.items()
+    }
+
+
+BAD_DENSE_FP8 = [
+    ({"q": lambda x: x.q[..., :512]}, ValueError,
+     "q must have head size 576 with is_fp8_kvcache=True, got 512"),
+    ({"k_cache": lambda x: x.k_cache.float()}, TypeError,
+     "k_cache must be of dtype float8_e4m3fn or uint8 or int8, got float32"),
+    ({"k_cache": lambda x: x.k_cache[..., :576]}, ValueError,
+     r"must have shape \[blocks, page, 1, 656] = \[any, any, 1, 656], got \[8, 64, 1, 576]"),
+    ({"k_cache": lambda x: x.k_cache.expand(-1, -1, 2, -1).contiguous()}, ValueError,
+     r"k_cache must have shape \[blocks, page, 1, 656] = .*, got \[8, 64, 2, 656]"),
+    ({"k_cache": lambda x: x.k_cache[:, ::2]}, ValueError, "must be contiguous within a page"),
+    ({"k_cache": lambda x: x.k_cache[:, :0]}, ValueError, "pages of at least one token"),
+    ({"block_table": None}, TypeError, r"block_table must be a torch.Tensor .*, got NoneType"),
+    ({"cache_seqlens": None}, TypeError, r"cache_seqlens must be a torch.Tensor .*, got NoneType"),
+    ({"tile_scheduler_metadata": None}, TypeError, "metadata must be a torch.Tensor .* NoneType"),
+    ({"topk_length": torch.zeros(2).int()}, ValueError, "topk_length must be None without indices"),
+    ({"causal": 1}, TypeError, "causal must be True or False, got int 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_DENSE_FP8, ids=lambda x: str(x)[:24])
+def test_bad_dense_fp8_input(changes, error, message):
+    with pytest.raises(error, match=message):
+        call(fp8_arguments(**changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("case", DENSE_FP8_CASES[2:4], ids=lambda c: c.name)
+def test_dense_decode_over_the_fp8_cache(case, dtype):
+    x = case.build()
+    old = flashmla.get_mla_metadata(x.cache_seqlens, case.s_q * case.h_q, 1)
+    chunked = flashmla.get_mla_metadata(
+        x.cache_seqlens, case.s_q * case.h_q, 1, batch_invariant=True
+    )
+    want_out, want_lse = x.expected()
+    for plan in (old, chunked, flashmla.get_mla_metadata()):
+        out, lse = flashmla.flash_mla_with_kvcache(
+            x.q, x.k_cache.view(dtype), x.block_table, x.cache_seqlens, 512, *plan,
+            causal=case.causal, is_fp8_kvcache=True,
+        )  # fmt: skip
+        assert_out_close(out, want_out)
+        assert_lse_close(lse, want_lse)
+    assert backend.last_tier("fp8.dense_decode") == "torch"
+
+
+def test_dense_and_sparse_decode_over_the_fp8_cache_agree():
+    """All the tokens of a request, named one by one, are all its tokens."""
+    given = fp8_arguments()
+    page = given["k_cache"].shape[1]
+    indices = torch.full((2, 2, 65), -1, dtype=torch.int32)
+    for request, length in enumerate(given["cache_seqlens"].tolist()):
+        tokens = torch.arange(length)
+        blocks = given["block_table"][request, tokens // page]
+        indices[request, :, :length] = blocks * page + tokens % page
+    sparse = dict(block_table=None, cache_seqlens=None, tile_scheduler_metadata=None)
+    sparse |= dict(num_splits=None, indices=indices)
+    for got, want in zip(call(given), call(given | sparse), strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-4)
 
 
 SPLITS = torch.tensor([0, 1, 2], dtype=torch.int32)
@@ -422,6 +493,26 @@ def test_values_are_checked_when_asked_for(changes, message, monkeypatch):
     call(arguments())
     monkeypatch.setenv("FLASHMLA_CHECK", "0")
     call(given)
+
+
+@pytest.mark.parametrize(("scale", "shown"), [(-0.5, "-0.5"), (0.0, "0.0"), (NAN, "nan")])
+def test_scales_within_the_lengths_are_checked_when_asked_for(scale, shown, monkeypatch):
+    given = fp8_arguments()
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    call(given)  # NaN scales everywhere else are nobody's business
+    block = int(given["block_table"][0, 1])  # its one token is the 65th of the first request
+    cache = given["k_cache"].clone()
+    cache[block, 0, 0, 524:528] = torch.tensor([scale]).view(torch.uint8)
+    with pytest.raises(
+        ValueError,
+        match=rf"k_cache\[{block}, 0, 0] has the scale {shown} in tile 3, but a scale must be "
+        r"positive and finite \(1 such scales\)",
+    ):
+        call(given | {"k_cache": cache})
+    with pytest.raises(ValueError, match=r"block_table\[1, 0] is 99, but a block number within"):
+        call(given | {"block_table": torch.tensor([[0, 1], [99, 1]]).int()})
+    monkeypatch.setenv("FLASHMLA_CHECK", "0")
+    call(given | {"k_cache": cache})
 
 
 def test_sparse_values_are_checked_when_asked_for(monkeypatch):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import DENSE_FP8_CASES, DecodeCase, case_id, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmla.reference import fp8
+from flashmla.reference import fp8, mha
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -230,3 +232,34 @@ def test_append_writes_the_slots_and_drops_negative_ones(dtype):
     rows = cache.view(np.uint8).reshape(12, 656)
     np.testing.assert_array_equal(rows[[11, 0, 5]], fp8.pack(x[[0, 2, 3]]))
     assert (np.delete(rows, [11, 0, 5], axis=0) == 255).all()
+
+
+@pytest.mark.parametrize("case", DENSE_FP8_CASES, ids=case_id)
+def test_dense_decode_is_attention_over_each_token_s_values(case):
+    inputs = case.build()
+    out, lse = inputs.expected()
+    assert np.isfinite(out).all() and not np.isnan(lse).any()
+    cache, table = to_numpy(inputs.k_cache), to_numpy(inputs.block_table)
+    for i, length in enumerate(case.lengths):
+        kv = np.zeros((length, 1, 576))
+        for t in range(length):
+            token = cache[table[i, t // case.page], t % case.page, 0]
+            scales = token[512:528].view(np.float32).astype(np.float64)
+            kv[t, 0, :512] = token[:512].view(E4M3).astype(np.float64) * np.repeat(scales, 128)
+            kv[t, 0, 512:] = token[528:].view(ml_dtypes.bfloat16)
+        q = inputs.q[i].double().numpy()
+        want_out, want_lse = mha.attention(q, kv, kv, case.scale, case.causal)
+        if inputs.attn_sink is not None:
+            want_out = mha.apply_sink(want_out, want_lse, inputs.attn_sink.numpy())
+        np.testing.assert_allclose(out[i], want_out[..., :512], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(lse[i].T, want_lse, rtol=1e-12)
+
+
+def test_two_oracles_of_dense_decode_differ_by_the_quantisation():
+    """The values before packing and the values read back: close, and not the same."""
+    case = DecodeCase("two", (100, 64), h_q=4, fp8=True, strided=False)
+    read_back, unquantised = case.build(), dataclasses.replace(case, fp8=False).build()
+    out, lse = read_back.expected()
+    want_out, want_lse = unquantised.expected()
+    assert 1e-3 < np.abs(out - want_out).max() < 0.02
+    assert 1e-3 < np.abs(lse - want_lse).max() < 0.2

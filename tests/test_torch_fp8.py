@@ -7,11 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cases import to_numpy
+from cases import DENSE_FP8_CASES, DecodeCase, case_id, to_numpy
 
 from flashmla import fp8
+from flashmla.lab.check import assert_lse_close, assert_out_close
 from flashmla.reference import fp8 as reference
 from flashmla.torch import fp8 as tier
+from flashmla.torch import mla, split_kv
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -96,3 +98,29 @@ def test_append_writes_only_its_slots():
 def test_constants_say_what_the_oracle_says():
     assert fp8.BYTES_PER_TOKEN == reference.TOKEN_BYTES == 656
     assert (fp8.SCALES_OFFSET, fp8.ROPE_OFFSET) == (reference.SCALES_AT, reference.ROPE_AT)
+
+
+@pytest.mark.parametrize(("parts", "batch_invariant"), [(132, False), (3, False), (7, True)])
+@pytest.mark.parametrize("case", DENSE_FP8_CASES, ids=case_id)
+def test_dense_decode(case, parts, batch_invariant):
+    x = case.build()
+    plan = split_kv.get_metadata(x.cache_seqlens, parts, batch_invariant)
+    out, lse = tier.dense_decode(
+        x.q, x.k_cache, x.block_table, x.cache_seqlens, 512, *plan, x.scale, case.causal,
+        x.attn_sink,
+    )  # fmt: skip
+    want_out, want_lse = x.expected()
+    assert out.dtype == case.dtype and out.is_contiguous() and lse.is_contiguous()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+
+
+def test_dense_decode_is_that_of_the_values_to_the_bit():
+    """Nothing but the conversion stands between the two, and it is exact to float32."""
+    x = DecodeCase("values", (65, 3, 200), 2, 8, causal=True, fp8=True, strided=False).build()
+    plan = split_kv.get_metadata(x.cache_seqlens, 5)
+    arguments = (x.block_table, x.cache_seqlens, 512, *plan, x.scale, True)
+    got = tier.dense_decode(x.q, x.k_cache, *arguments)
+    want = mla.dense_decode(x.q, tier.unpack(x.k_cache), *arguments)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)

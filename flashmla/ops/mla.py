@@ -18,6 +18,7 @@ from flashmla.checks import (
     float_dtypes,
     values_wanted,
 )
+from flashmla.fp8 import BYTES_PER_TOKEN, CACHE_DTYPES, check_scales, slots_in_use
 from flashmla.ops import dsa
 from flashmla.ops.library import define
 from flashmla.ops.split_kv import SplitPlan, check_plan_fresh, check_plan_tensors
@@ -53,6 +54,13 @@ def _fake_dense_decode(
 
 _dense_decode = define(
     "mla.dense_decode",
+    "(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, int head_dim_v, "
+    "Tensor tile_scheduler_metadata, Tensor num_splits, float softmax_scale, bool causal, "
+    "Tensor? attn_sink=None) -> (Tensor, Tensor)",
+    _fake_dense_decode,
+)
+_dense_decode_fp8 = define(
+    "fp8.dense_decode",
     "(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, int head_dim_v, "
     "Tensor tile_scheduler_metadata, Tensor num_splits, float softmax_scale, bool causal, "
     "Tensor? attn_sink=None) -> (Tensor, Tensor)",
@@ -104,7 +112,8 @@ def flash_mla_with_kvcache(
         softmax_scale: what scores are multiplied by; d_qk ** -0.5 unless given.
         causal: dense only. Query i of s_q sees the keys at positions up to
             length - s_q + i: the last query is aligned with the last key.
-        is_fp8_kvcache: the cache holds 656-byte FP8 tokens; needs ``indices``.
+        is_fp8_kvcache: the cache holds 656-byte FP8 tokens. Attention is over what they stand for,
+            code * scale, as if it had never been rounded to 16 bits.
         indices: int32 [b, s_q, topk], the tokens that each query reads, as
             block * page + offset; -1 is skipped, and so is whatever lies out of range.
         attn_sink: float32 [h_q]: scales the output by exp(lse) / (exp(lse) + exp(sink)) and leaves
@@ -140,7 +149,7 @@ def flash_mla_with_kvcache(
         (torch.Size([1, 2, 16, 512]), torch.Size([1, 16, 2]))
 
     Source: ``flashmla/torch/mla.py``, ``flashmla/triton/mla.py``, ``csrc/sm90/dense_decode/``;
-    sparse: ``flashmla/torch/dsa.py``, ``csrc/sm90/sparse_decode/``.
+    sparse, and over an FP8 cache: ``flashmla/torch/dsa.py``, ``csrc/sm90/sparse_decode/``.
     """
     if indices is None and is_fp8_kvcache is False and not is_compiling():
         if extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None:
@@ -160,7 +169,7 @@ def flash_mla_with_kvcache(
             raise NotImplementedError(f"{name} must be None: a second cache is not supported yet")
     check_bool("causal", causal)
     check_bool("is_fp8_kvcache", is_fp8_kvcache)
-    d_qk = _check_query(q, head_dim_v, dense=indices is None)
+    d_qk = _check_query(q, head_dim_v, indices is not None, is_fp8_kvcache)
     scale = d_qk**-0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale)
     if indices is not None:
         if causal:
@@ -176,13 +185,11 @@ def flash_mla_with_kvcache(
         if isinstance(tile_scheduler_metadata, SplitPlan):
             tile_scheduler_metadata.claim(q.shape[0], sparse=True)
         return results
-    if is_fp8_kvcache:
-        raise ValueError("is_fp8_kvcache=True needs indices: only sparse decode reads FP8 caches")
     if topk_length is not None:
         raise ValueError("topk_length must be None without indices: it is for sparse decode")
     return _checked_dense_decode(
         q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, scale, causal,
-        attn_sink,
+        is_fp8_kvcache, attn_sink,
     )  # fmt: skip
 
 
@@ -257,12 +264,14 @@ def _check_per_request(name: str, value: object, dims: str, q: Tensor) -> Tensor
     return tensor
 
 
-def _check_query(q: object, head_dim_v: object, dense: bool) -> int:
+def _check_query(q: object, head_dim_v: object, sparse: bool, is_fp8_kvcache: bool) -> int:
     """d_qk, once q has been found to be in order."""
     q = check_tensor("q", q, "[b, s_q, h_q, 576]", float_dtypes(q))
     d_qk = q.shape[-1]
-    if d_qk != HEAD_DIM_QK and not (dense and d_qk == HEAD_DIM_V):
-        allowed = f"{HEAD_DIM_QK} or {HEAD_DIM_V}" if dense else f"{HEAD_DIM_QK} with indices"
+    if d_qk != HEAD_DIM_QK and (d_qk != HEAD_DIM_V or sparse or is_fp8_kvcache):
+        allowed = f"{HEAD_DIM_QK} or {HEAD_DIM_V}"
+        if sparse or is_fp8_kvcache:
+            allowed = f"{HEAD_DIM_QK} with {'indices' if sparse else 'is_fp8_kvcache=True'}"
         raise ValueError(f"q must have head size {allowed}, got {d_qk}: {list(q.shape)}")
     if check_int("head_dim_v", head_dim_v, 1) != HEAD_DIM_V:
         raise ValueError(
@@ -282,20 +291,11 @@ def _checked_dense_decode(
     num_splits: Tensor | None,
     scale: float,
     causal: bool,
+    is_fp8_kvcache: bool,
     attn_sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, s_q, h_q, d_qk = q.shape
-    dims = "[blocks, page, h_kv, 576]"
-    check_tensor("k_cache", k_cache, dims, (q.dtype,), q.device)
-    check_shape("k_cache", k_cache, (None, None, None, d_qk), dims)
-    _, page, h_kv, _ = k_cache.shape
-    if h_kv == 0 or h_q % h_kv:
-        raise ValueError(f"q has {h_q} heads, which k_cache's {h_kv} heads do not divide")
-    check_page_strides("k_cache", k_cache, dims)
-    if page == 0:
-        raise ValueError(
-            f"k_cache must have pages of at least one token, got {list(k_cache.shape)}"
-        )
+    batch, s_q, h_q, _ = q.shape
+    h_kv, page = _check_dense_cache(q, k_cache, is_fp8_kvcache)
     table = _check_per_request("block_table", block_table, "[b, max_blocks]", q)
     seqlens = _check_per_request("cache_seqlens", cache_seqlens, "[b]", q)
     if attn_sink is not None:
@@ -303,6 +303,8 @@ def _checked_dense_decode(
         check_shape("attn_sink", attn_sink, (h_q,), "[h_q]")
     if values_wanted():
         check_block_table("cache_seqlens", seqlens, table, k_cache.shape[0], page)
+        if is_fp8_kvcache:
+            check_scales("k_cache", k_cache, slots_in_use(table, seqlens, page))
 
     if isinstance(plan, SplitPlan):
         _check_no_splits(num_splits)
@@ -320,5 +322,27 @@ def _checked_dense_decode(
     )  # fmt: skip
     if batch == 0:
         return _fake_dense_decode(*arguments)
-    out, lse = _dense_decode(*arguments)
+    out, lse = (_dense_decode_fp8 if is_fp8_kvcache else _dense_decode)(*arguments)
     return out, lse
+
+
+def _check_dense_cache(q: Tensor, k_cache: Tensor, is_fp8_kvcache: bool) -> tuple[int, int]:
+    """(h_kv, page) of a cache that dense decode can read."""
+    h_q, d_qk = q.shape[2:]
+    if is_fp8_kvcache:
+        dims = "[blocks, page, 1, 656]"
+        shape: tuple[int | None, ...] = (None, None, 1, BYTES_PER_TOKEN)
+        check_tensor("k_cache", k_cache, dims, CACHE_DTYPES, q.device)
+    else:
+        dims, shape = "[blocks, page, h_kv, 576]", (None, None, None, d_qk)
+        check_tensor("k_cache", k_cache, dims, (q.dtype,), q.device)
+    check_shape("k_cache", k_cache, shape, dims)
+    _, page, h_kv, _ = k_cache.shape
+    if h_kv == 0 or h_q % h_kv:
+        raise ValueError(f"q has {h_q} heads, which k_cache's {h_kv} heads do not divide")
+    check_page_strides("k_cache", k_cache, dims)
+    if page == 0:
+        raise ValueError(
+            f"k_cache must have pages of at least one token, got {list(k_cache.shape)}"
+        )
+    return h_kv, page

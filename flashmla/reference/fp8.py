@@ -16,6 +16,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from flashmla.reference.paged_kv import paged_decode
+
 D_NOPE, D_ROPE, TILE = 512, 64, 128
 SCALES_AT = D_NOPE  # byte offsets
 ROPE_AT = SCALES_AT + 4 * (D_NOPE // TILE)
@@ -93,6 +95,15 @@ def append(cache, slots, x, power_of_two=True):
     for slot, row in zip(slots, pack(x, power_of_two), strict=True):
         if slot >= 0:
             cache[slot // page, slot % page, 0] = row.view(cache.dtype)
+
+
+def dense_decode(q, cache, block_table, seqlens, d_v, scale=None, causal=False, attn_sink=None):
+    """Attention of each request's newest tokens with all its cached ones, code · scale exact.
+
+    As `paged_decode`, with a cache of bytes [blocks, page, 1, 656].
+    """
+    tokens = unpack(cache, np.float64)
+    return paged_decode(q, tokens, block_table, seqlens, d_v, scale, causal, attn_sink)
 
 
 INDEX_PAGE, INDEX_DIM = 64, TILE  # tokens in a page of the indexer's cache, dimensions of its keys

@@ -16,9 +16,9 @@ from flashmla.fp8 import (
     SMALLEST_MAXIMUM,
     TILE_DIM,
 )
-from flashmla.torch import paged_kv
+from flashmla.torch import mla, paged_kv
 
-__all__ = ["append", "index_append", "index_pack", "pack", "quantise", "unpack"]
+__all__ = ["append", "dense_decode", "index_append", "index_pack", "pack", "quantise", "unpack"]
 
 _E4M3_NAN, _BF16_NAN, _FLOAT_NAN = 0x7F, 0x7FC0, 0x7FC00000
 
@@ -64,6 +64,26 @@ def unpack(cache: Tensor) -> Tensor:
     rope = cache[..., ROPE_OFFSET:BYTES_PER_TOKEN].contiguous().view(torch.bfloat16).float()
     values = codes.unflatten(-1, (-1, TILE_DIM)) * scales.unsqueeze(-1)
     return torch.cat([values.flatten(-2), rope], dim=-1)
+
+
+@torch.no_grad()
+def dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    attn_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`flashmla.torch.mla.dense_decode`, over a cache [blocks, page, 1, 656]."""
+    return mla.attend_to_pages(
+        q, k_cache.view(torch.uint8), block_table, cache_seqlens, head_dim_v,
+        tile_scheduler_metadata, num_splits, softmax_scale, causal, attn_sink, unpack,
+    )  # fmt: skip
 
 
 @torch.no_grad()

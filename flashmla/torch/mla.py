@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 import torch
@@ -12,7 +12,7 @@ from flashmla.schedule import METADATA_COLUMNS, TILE, max_slots
 from flashmla.torch.online_softmax import OnlineSoftmax, apply_sink
 from flashmla.torch.split_kv import combine
 
-__all__ = ["dense_decode"]
+__all__ = ["attend_to_pages", "dense_decode"]
 
 _BLOCK = 1024  # keys that one step of the online softmax takes
 _BATCH_KEYS = 16384  # keys gathered at a time, over all the splits worked on together
@@ -33,6 +33,27 @@ def dense_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of each split of the plan, several splits at a time, then the merge of each
     request's splits."""
+    return attend_to_pages(
+        q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits,
+        softmax_scale, causal, attn_sink, Tensor.float,
+    )  # fmt: skip
+
+
+def attend_to_pages(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    attn_sink: Tensor | None,
+    values: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Dense decode over a cache [blocks, page, h_kv, any] whose tokens ``values`` makes float32
+    [..., d_qk] of."""
     batch, s_q, h_q, d_qk = q.shape
     h_kv = k_cache.shape[2]
     reach = block_table.shape[1] * k_cache.shape[1] if k_cache.shape[0] else 0
@@ -62,7 +83,8 @@ def dense_decode(
         for offset in range(0, longest, _BLOCK):
             block = torch.arange(offset, min(offset + _BLOCK, longest), device=q.device)
             position = begin.unsqueeze(1) + block
-            keys = _gather(k_cache, block_table[request], position, position < end.unsqueeze(1))
+            found = _gather(k_cache, block_table[request], position, position < end.unsqueeze(1))
+            keys = values(found).transpose(1, 2)
             visible = position.unsqueeze(1) < torch.minimum(end[:, None], seen[request])[..., None]
             scores = (scaled @ keys.mT).masked_fill_(~visible.unsqueeze(1), float("-inf"))
             softmax.update(scores, keys[..., :head_dim_v])
@@ -116,7 +138,7 @@ def _batches(splits: list[Split]) -> Iterator[list[Split]]:
 
 
 def _gather(k_cache: Tensor, block_table: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-    """Keys at token positions [n, keys] of n block tables: [n, h_kv, keys, d_qk] in float32.
+    """Keys at token positions [n, keys] of n block tables: [n, keys, h_kv, d_qk] as in the cache.
 
     What is not valid is not read. The request's first token stands in for it, with weight zero: it
     is within the length, and so brings in no NaN that is not in the result anyway.
@@ -125,4 +147,4 @@ def _gather(k_cache: Tensor, block_table: Tensor, position: Tensor, valid: Tenso
     position = position.masked_fill(~valid, 0)
     block = block_table.gather(1, position // page).long()
     block = block.clamp(0, num_blocks - 1)  # a caller's wrong block number stays inside the cache
-    return k_cache[block, position % page].float().transpose(1, 2)
+    return k_cache[block, position % page]
