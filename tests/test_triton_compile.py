@@ -17,6 +17,10 @@ DECODE = {
     "HAS_SINK": True, "PLAN_COLUMNS": 8,
 }  # fmt: skip
 PREFILL = {"D_MAIN": 128, "D_REST": 64, "D_V": 128, "CAUSAL": True, "UPCAST": False}
+SPARSE = {
+    "PAGED": False, "FP8": False, "HAS_LIMIT": True, "HAS_SINK": True, "HAS_MAX": False,
+    "D_V": 512, "D_ROPE": 64, "UPCAST": False,
+}  # fmt: skip
 PACK = {"POWER_OF_TWO": False, "TOKENS": 4}
 PLAN = {"OVERHEAD": schedule.OVERHEAD, "CHUNK": 0}
 PLAN_PARTS = PLAN | {"SLACK": schedule.SLACK, "SEARCH_STEPS": 8, "BLOCK": 128}
@@ -37,9 +41,14 @@ KERNELS = [
     Kernel("fp8_unpack", "fp8", "unpack_kernel", {"TOKENS": 4}),
     Kernel("index_append", "fp8", "index_pack_kernel", PACK | {"HAS_SLOTS": True}),
     Kernel("paged_append", "paged_kv", "append_kernel", {"TOKENS": 4, "BLOCK": 64}),
+    Kernel("sparse_fp8", "sparse", "sparse_kernel", SPARSE | {"FP8": True}, rows=128),
+    Kernel("sparse_16_heads", "sparse", "sparse_kernel", SPARSE | {"HAS_MAX": True}, rows=16),
+    Kernel("dense_fp8", "sparse", "sparse_kernel", SPARSE | {"FP8": True, "PAGED": True}, rows=64),
+    Kernel("topk", "topk", "topk_kernel", {"HAS_LENGTHS": True, "HAS_TABLE": True, "BLOCK": 2048}),
     Kernel("indexer", "dsa", "prefill_kernel", {"H": 64, "BLOCK": 64}),
     Kernel("indexer_paged", "dsa", "paged_kernel", {"H": 32}),
 ]
+STAGES = ["common", "dsa", "fp8", "mha", "mla", "paged_kv", "sparse", "split_kv", "topk"]
 FP16 = [
     Kernel("decode_fp16", "mla", "dense_decode_kernel", DECODE, rows=64, dtype="fp16"),
     Kernel("prefill_fp16", "mha", "forward_kernel", PREFILL, dtype="fp16"),
@@ -62,7 +71,7 @@ def test_kernel_compiles_and_fits_in_fp16(kernel):
 
 
 @pytest.mark.parametrize("target", [80, 89])
-@pytest.mark.parametrize("kernel", [*KERNELS[:3], *KERNELS[-7:]], ids=_name)
+@pytest.mark.parametrize("kernel", [*KERNELS[:3], *KERNELS[-11:]], ids=_name)
 def test_kernel_fits_on_cards_with_less_shared_memory(kernel, target):
     assert compiled(compile_kernel, kernel, target).shared <= SHARED_MEMORY[target]
 
@@ -75,7 +84,7 @@ def test_hopper_uses_the_warpgroups_matrix_instruction():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["common", "dsa", "fp8", "mha", "mla", "paged_kv", "split_kv"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_region_can_be_shown(stage):
     path = f"flashmla/triton/{stage}.py"
     names = source.regions(path)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from cases import DENSE_FP8_CASES, case_id
 
 pytest.importorskip("triton")
 
 import fp8_bodies as bodies  # noqa: E402
+from triton_bodies import check_dense_decode_fp8  # noqa: E402
 from triton_worker import interpreted  # noqa: E402
 
 
@@ -44,3 +46,8 @@ def test_the_indexers_cache(dtype):
     denormals = dtype != torch.bfloat16
     interpreted(bodies.check_index_pack, "triton", dtype, denormals, "cpu", denormals)
     interpreted(bodies.check_index_append, "triton", dtype, 13, torch.int64)
+
+
+@pytest.mark.parametrize("case", DENSE_FP8_CASES, ids=case_id)
+def test_dense_decode(case):
+    interpreted(check_dense_decode_fp8, case)

@@ -12,12 +12,12 @@ POINTERS = {
     FLOAT: ("q", "k", "v", "k_cache", "out", "out_a", "out_b", "x"),
     "fp32": (
         "attn_sink", "lse", "out_partial", "lse_partial", "lse_a", "lse_b", "values", "weights",
-        "logits", "key_scale", "key_scales",
+        "logits", "key_scale", "key_scales", "max_logits",
     ),
     "i32": (
         "cu_seqlens_qo", "cu_seqlens_kv", "block_table", "cache_seqlens",
         "tile_scheduler_metadata", "num_splits", "stays_whole", "slots", "scales", "start",
-        "end",
+        "end", "indices", "limits", "lengths",
     ),
     "i64": ("starts",),
     "u8": ("codes", "q_codes", "key_codes"),
@@ -38,8 +38,10 @@ class Kernel:
 
     def config(self, target: int) -> dict[str, int]:
         """What the tier's launcher would choose for a card of this capability."""
-        from flashmla.triton import mha, mla
+        from flashmla.triton import mha, mla, sparse
 
+        if self.stage == "sparse":
+            return sparse.sparse_config(self.rows or 0, target)
         if self.rows is not None:
             return mla.decode_config(self.rows, target)
         if self.stage == "mha":

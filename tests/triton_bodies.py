@@ -8,16 +8,29 @@ interprets is settled at that moment, for the whole process.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import torch
-from cases import DecodeCase, PrefillCase, to_numpy
+from cases import (
+    WILD,
+    DecodeCase,
+    DecodeInputs,
+    PrefillCase,
+    SparseDecodeCase,
+    SparseDecodeInputs,
+    SparsePrefillCase,
+    to_numpy,
+)
 
 from flashmla import schedule
-from flashmla.lab.check import assert_lse_close, assert_out_close
+from flashmla.lab.check import as_float64, assert_lse_close, assert_out_close
+from flashmla.reference import dsa as reference_dsa
+from flashmla.reference import fp8 as reference_fp8
 from flashmla.reference import mha as reference_mha
+from flashmla.reference import paged_kv as reference_paged_kv
 from flashmla.reference import split_kv as reference_split_kv
 
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 
 
 def check_decode(
@@ -213,3 +226,113 @@ def check_split_anywhere(device: str = "cpu") -> None:
     )
     assert_lse_close(lse, want_lse)
     assert_out_close(out, want_out)
+
+
+def _keys_as_multiplied(x: DecodeInputs | SparseDecodeInputs) -> np.ndarray:
+    """The tokens of an FP8 cache as matrix units get them on a card: code * scale in bfloat16.
+
+    That is exact where scales are powers of two.
+    """
+    return reference_fp8.unpack(to_numpy(x.k_cache), np.float64).astype(ml_dtypes.bfloat16)
+
+
+def _assert_near(out: torch.Tensor, want: np.ndarray) -> None:
+    """Within what rounding the keys, and the output, may do."""
+    assert np.linalg.norm(as_float64(out) - want) <= 2**-8 * np.linalg.norm(want)
+
+
+def check_sparse_decode(case: SparseDecodeCase, device: str = "cpu") -> None:
+    """One case of sparse decode."""
+    from flashmla.triton import dsa
+
+    x = case.build(device)
+    arguments = (
+        x.q, x.k_cache, x.indices, case.d_v, x.scale, case.fp8, x.attn_sink, x.topk_length
+    )  # fmt: skip
+    why_not = dsa.supports_sparse_decode(*arguments)
+    assert why_not == "", why_not
+    out, lse = dsa.sparse_decode(*arguments)
+    assert out.dtype == case.dtype and lse.dtype == torch.float32
+    want_out, want_lse = x.expected()
+    if device != "cpu" and case.fp8 and not case.power_of_two:
+        _assert_near(out, want_out)
+        want_out, want_lse = reference_dsa.sparse_decode(
+            to_numpy(x.q), _keys_as_multiplied(x), to_numpy(x.indices), case.d_v, x.scale,
+            to_numpy(x.attn_sink), to_numpy(x.topk_length),
+        )  # fmt: skip
+    assert_lse_close(lse, want_lse)
+    assert_out_close(out, want_out)
+
+
+def check_dense_decode_fp8(case: DecodeCase, device: str = "cpu") -> None:
+    """One case of dense decode over the FP8 cache."""
+    from flashmla.triton import fp8, split_kv
+
+    x = case.build(device)
+    arguments = (
+        x.q, x.k_cache, x.block_table, x.cache_seqlens, case.d_v,
+        *split_kv.get_metadata(x.cache_seqlens, 9), x.scale, case.causal, x.attn_sink,
+    )  # fmt: skip
+    why_not = fp8.supports_dense_decode(*arguments)
+    assert why_not == "", why_not
+    out, lse = fp8.dense_decode(*arguments)
+    assert out.dtype == case.dtype and lse.dtype == torch.float32
+    want_out, want_lse = x.expected()
+    if device != "cpu" and not case.power_of_two:
+        _assert_near(out, want_out)
+        want_out, want_lse = reference_paged_kv.paged_decode(
+            to_numpy(x.q), _keys_as_multiplied(x), to_numpy(x.block_table),
+            to_numpy(x.cache_seqlens), case.d_v, x.scale, case.causal, to_numpy(x.attn_sink),
+        )  # fmt: skip
+    assert_lse_close(lse, want_lse)
+    assert_out_close(out, want_out)
+
+
+def check_sparse_prefill(case: SparsePrefillCase, device: str = "cpu") -> None:
+    """One case of sparse prefill."""
+    from flashmla.triton import dsa
+
+    x = case.build(device)
+    arguments = x.q, x.kv, x.indices, x.scale, case.d_v, x.attn_sink, x.topk_length
+    assert dsa.supports_sparse_prefill(*arguments) == ""
+    out, max_logits, lse = dsa.sparse_prefill(*arguments)
+    assert out.dtype == case.dtype and max_logits.dtype == lse.dtype == torch.float32
+    want_out, want_max, want_lse = x.expected()
+    assert_lse_close(max_logits, want_max, name="max_logits")
+    assert_lse_close(lse, want_lse)
+    assert_out_close(out, want_out)
+
+
+def check_topk(n: int, k: int, lengths: bool, table: bool, device: str = "cpu") -> None:
+    """Rows of which ties, NaN, infinities and denormals decide, some wider apart than they are
+    long, with everything that wins behind their lengths."""
+    from flashmla.triton import dsa
+
+    g = torch.Generator().manual_seed(n + k)
+    rows = 9
+    logits = torch.randint(-3, 4, (rows, n), generator=g).float()
+    for share, value in ((0.1, NAN), (0.1, -INF), (0.02, INF), (0.05, -0.0)):
+        logits[torch.rand(rows, n, generator=g) < share] = value
+    logits[0], logits[1], logits[2] = NAN, -INF, 1.0
+    logits[3] = torch.randn(n, generator=g) * 1e-40
+    logits[4] = torch.randn(n, generator=g)
+    logits[5] = -torch.rand(n, generator=g)
+    logits[6] = torch.arange(n).float()
+    logits[7, :] = NAN
+    logits[7, n // 2] = -1.5
+    ends = torch.randint(0, n + 1, (rows,), generator=g).int()
+    ends[4:7] = torch.tensor([k - 1, k, k + 1]).clamp(0, n)
+    if lengths:
+        logits.masked_fill_(torch.arange(n) >= ends.unsqueeze(1), INF)
+    pages = torch.randint(0, 1000, (rows, -(-n // 16)), generator=g).int()
+    if lengths:
+        pages.masked_fill_(torch.arange(pages.shape[1]) * 16 >= ends.unsqueeze(1), WILD)
+    wide = torch.full((rows, n + 3), INF)
+    wide[:, 1 : n + 1] = logits
+    limit, blocks = ends if lengths else None, pages if table else None
+    got = dsa.topk(
+        wide.to(device)[:, 1 : n + 1], k, None if limit is None else limit.to(device),
+        None if blocks is None else blocks.to(device), 16,
+    )  # fmt: skip
+    want = reference_dsa.topk(to_numpy(logits), k, to_numpy(limit), to_numpy(blocks), 16)
+    np.testing.assert_array_equal(got.cpu().numpy(), want)

@@ -149,7 +149,8 @@ def flash_mla_with_kvcache(
         (torch.Size([1, 2, 16, 512]), torch.Size([1, 16, 2]))
 
     Source: ``flashmla/torch/mla.py``, ``flashmla/triton/mla.py``, ``csrc/sm90/dense_decode/``;
-    sparse, and over an FP8 cache: ``flashmla/torch/dsa.py``, ``csrc/sm90/sparse_decode/``.
+    sparse, and over an FP8 cache: ``flashmla/torch/dsa.py``, ``flashmla/triton/sparse.py``,
+    ``csrc/sm90/sparse_decode/``.
     """
     if indices is None and is_fp8_kvcache is False and not is_compiling():
         if extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None:

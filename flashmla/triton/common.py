@@ -1,4 +1,4 @@
-"""What the kernels of this tier share: the online softmax, head sizes, the device's limits."""
+"""What the kernels of this tier share: the online softmax, FP8 codes, head sizes, limits."""
 
 import contextlib
 import functools
@@ -13,6 +13,8 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+TILE = tl.constexpr(128)  # values of an FP8 token that share a scale
 
 
 # region: online_softmax
@@ -57,6 +59,22 @@ def sink_share(lse, sink):
     1 for an empty row, whose LSE is +inf and whose out is 0 anyway."""
     excess = tl.where(lse == float("inf"), float("-inf"), sink - lse)
     return 1.0 / (1.0 + tl.exp(excess))
+
+
+# region: e4m3_values
+@triton.jit
+def e4m3_values(codes):
+    """What float8_e4m3 codes, int32 0 to 255, are worth, as float32."""
+    size = codes & 0x7F
+    normal = ((size << 20) + ((127 - 7) << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)  # 2^-9
+    value = tl.where(size == 0x7F, float("nan"), value)
+    # The sign goes in as a bit: Triton's minus is a subtraction, from which 0 comes out positive.
+    bits = value.to(tl.int32, bitcast=True) | ((codes & 0x80) << 24)
+    return bits.to(tl.float32, bitcast=True)
+
+
+# endregion: e4m3_values
 
 
 def split_head_dim(d: int) -> tuple[int, int]:
@@ -107,3 +125,13 @@ def compile_target(device: torch.device) -> int:
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Makes `device` current: Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def misplaced(cache: torch.Tensor) -> bool:
+    """Whether the cache's bytes cannot be seen as float32."""
+    return any(number % 4 for number in (cache.storage_offset(), *cache.stride()[:-1]))
+
+
+def byte_views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The bytes as uint8, int32 and int16."""
+    return cache.view(torch.uint8), cache.view(torch.int32), cache.view(torch.int16)

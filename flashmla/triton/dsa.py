@@ -1,5 +1,8 @@
 """Stage 06 in Triton: the lightning indexer's scores, of a prompt and of cached keys.
 
+Top-k and attention over what it chose are in files of their own, and gathered here under the name
+by which tiers are asked for them.
+
 FP8 codes are exact in float16, so that one product serves every card, whether its matrix units
 know FP8 or not: products of two codes are exact in float32, and so is their sum but for rounding.
 """
@@ -9,8 +12,26 @@ import triton
 import triton.language as tl
 
 from flashmla.fp8 import INDEX_DIM, INDEX_PAGE
-from flashmla.triton.common import on_device
-from flashmla.triton.fp8 import e4m3_values
+from flashmla.triton.common import e4m3_values, on_device
+from flashmla.triton.sparse import (
+    sparse_decode,
+    sparse_prefill,
+    supports_sparse_decode,
+    supports_sparse_prefill,
+)
+from flashmla.triton.topk import topk
+
+__all__ = [
+    "indexer_logits",
+    "indexer_logits_paged",
+    "sparse_decode",
+    "sparse_prefill",
+    "supports_indexer_logits",
+    "supports_indexer_logits_paged",
+    "supports_sparse_decode",
+    "supports_sparse_prefill",
+    "topk",
+]
 
 DIM = tl.constexpr(INDEX_DIM)
 PAGE = tl.constexpr(INDEX_PAGE)

@@ -13,15 +13,27 @@ import triton
 import triton.language as tl
 
 from flashmla.fp8 import BYTES_PER_TOKEN, HEAD_DIM, INDEX_DIM, INDEX_PAGE
-from flashmla.triton.common import on_device
+from flashmla.triton.common import TILE, byte_views, e4m3_values, misplaced, on_device
 from flashmla.triton.paged_kv import find_slots
+from flashmla.triton.sparse import dense_decode, supports_dense_decode
+
+__all__ = [
+    "append",
+    "dense_decode",
+    "index_append",
+    "index_pack",
+    "pack",
+    "supports_append",
+    "supports_dense_decode",
+    "supports_index_append",
+    "unpack",
+]
 
 # Tokens that a program takes.
 PACK_TOKENS, PACK_WARPS = 4, 2
 INDEX_TOKENS = 16
 
 TILES = tl.constexpr(4)
-TILE = tl.constexpr(128)
 ROPE = tl.constexpr(64)
 NOPE = tl.constexpr(512)
 SCALES_AT = tl.constexpr(512)  # bytes
@@ -125,18 +137,6 @@ def pack_kernel(
 
 
 # region: unpack_kernel
-@triton.jit
-def e4m3_values(codes):
-    """What float8_e4m3 codes, int32 0 to 255, are worth, as float32."""
-    size = codes & 0x7F
-    normal = ((size << 20) + ((127 - 7) << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)  # 2^-9
-    value = tl.where(size == 0x7F, float("nan"), value)
-    # The sign goes in as a bit: Triton's minus is a subtraction, from which 0 comes out positive.
-    bits = value.to(tl.int32, bitcast=True) | ((codes & 0x80) << 24)
-    return bits.to(tl.float32, bitcast=True)
-
-
 @triton.jit(do_not_specialize=["n", "inner"])
 def unpack_kernel(
     codes,  # [outer, inner, 656] uint8: the cache
@@ -223,7 +223,7 @@ def _pack(
         return
     with on_device(cache.device):
         pack_kernel[(triton.cdiv(x.shape[0], PACK_TOKENS),)](
-            x, x if slots is None else slots, *_views(cache), x.stride(0), cache.stride(0),
+            x, x if slots is None else slots, *byte_views(cache), x.stride(0), cache.stride(0),
             cache.stride(1), x.shape[0], page, blocks * page, POWER_OF_TWO=power_of_two,
             HAS_SLOTS=slots is not None, TOKENS=PACK_TOKENS, num_warps=PACK_WARPS,
         )  # fmt: skip
@@ -235,14 +235,14 @@ def unpack(cache: torch.Tensor) -> torch.Tensor:
     while cache.dim() < 3:
         cache = cache.unsqueeze(0)
     rows = cache.flatten(1, -2)  # [outer, inner, 656]
-    if _misplaced(rows):
+    if misplaced(rows):
         rows = rows.clone(memory_format=torch.contiguous_format)
     tokens = rows.shape[0] * rows.shape[1]
     values = torch.empty(tokens, HEAD_DIM, dtype=torch.float32, device=cache.device)
     if tokens:
         with on_device(cache.device):
             unpack_kernel[(triton.cdiv(tokens, PACK_TOKENS),)](
-                *_views(rows), values, rows.stride(0), rows.stride(1), tokens, rows.shape[1],
+                *byte_views(rows), values, rows.stride(0), rows.stride(1), tokens, rows.shape[1],
                 TOKENS=PACK_TOKENS, num_warps=PACK_WARPS,
             )  # fmt: skip
     return values.view(*lead, HEAD_DIM)
@@ -287,19 +287,9 @@ def _index_pack(
 
 def supports_index_append(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> str:
     """Empty if the kernel takes the arguments, else why not."""
-    return "cache's pages do not lie at multiples of 4 bytes" if _misplaced(cache) else ""
+    return "cache's pages do not lie at multiples of 4 bytes" if misplaced(cache) else ""
 
 
 def supports_append(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> str:
     """Empty if these kernels take the arguments, else why not."""
-    return "cache's tokens do not lie at multiples of 4 bytes" if _misplaced(cache) else ""
-
-
-def _misplaced(cache: torch.Tensor) -> bool:
-    """Whether the cache's bytes cannot be seen as float32."""
-    return any(number % 4 for number in (cache.storage_offset(), *cache.stride()[:-1]))
-
-
-def _views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The bytes as uint8, int32 and int16."""
-    return cache.view(torch.uint8), cache.view(torch.int32), cache.view(torch.int16)
+    return "cache's tokens do not lie at multiples of 4 bytes" if misplaced(cache) else ""

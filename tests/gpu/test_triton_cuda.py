@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DECODE_CASES, PREFILL_CASES, case_id, large_decode_cases
+from cases import (
+    DECODE_CASES,
+    DENSE_FP8_CASES,
+    PREFILL_CASES,
+    SPARSE_DECODE_CASES,
+    SPARSE_PREFILL_CASES,
+    case_id,
+    large_decode_cases,
+)
 
 pytestmark = pytest.mark.gpu
 triton_bodies = pytest.importorskip("triton_bodies")
@@ -39,3 +47,24 @@ def test_merge(dtype: torch.dtype) -> None:
 
 def test_combine() -> None:
     triton_bodies.check_combine(DEVICE)
+
+
+@pytest.mark.parametrize("case", SPARSE_DECODE_CASES, ids=case_id)
+def test_sparse_decode(case) -> None:
+    triton_bodies.check_sparse_decode(case, DEVICE)
+
+
+@pytest.mark.parametrize("case", SPARSE_PREFILL_CASES, ids=case_id)
+def test_sparse_prefill(case) -> None:
+    triton_bodies.check_sparse_prefill(case, DEVICE)
+
+
+@pytest.mark.parametrize("case", DENSE_FP8_CASES, ids=case_id)
+def test_dense_decode_over_the_fp8_cache(case) -> None:
+    triton_bodies.check_dense_decode_fp8(case, DEVICE)
+
+
+@pytest.mark.parametrize(("lengths", "table"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("n", "k"), [(200, 1), (200, 300), (2049, 700), (70_000, 2048)])
+def test_topk(n: int, k: int, lengths: bool, table: bool) -> None:
+    triton_bodies.check_topk(n, k, lengths, table, DEVICE)
