@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from flashmla.bench import cases, mha, peers, plots, problems, roofline, run, timing
+import flashmla
+from flashmla.bench import cases, mha, peers, plots, problems, roofline, run, sparse, timing
 from flashmla.bench.cases import CASES, QUICK, SWEEP, TINY, Case, PrefillCase, select
-from flashmla.reference import paged_kv
+from flashmla.reference import fp8, paged_kv
 
 CPU = torch.device("cpu")
 H100 = roofline.Ceilings(read_gbps=3110.0, copy_gbps=3020.0, matmul_tflops=800.0)
@@ -415,3 +416,46 @@ def test_error_of_a_sparse_problem_is_that_of_its_answer():
     out = problem.side()(1)[0]
     assert problem.error(out, 1) < 0.02 < problem.error(out, 0)
     assert problem.error(out + 1, 1) > 0.9
+
+
+@pytest.mark.parametrize(("cache", "width"), [("fp8-any-scale", 656), ("bf16", 576)])
+def test_a_sparse_problem_over_another_cache(cache: str, width: int):
+    case = Case("sparse_decode", b=2, h_q=4, s_k=100, topk=30, cache=cache)
+    assert case.name == f"b=2 h_q=4 s_q=1 topk=30 cache={cache}"
+    problem = problems.MAKERS["sparse_decode"](case, CPU)
+    assert problem.caches[0].shape == (4, 64, 1, width)
+    out = problem.side()(1)[0]
+    assert problem.error(out, 1) < 0.02 < problem.error(out, 0)
+    plain = Case("sparse_decode", b=2, h_q=4, s_k=100, topk=30)
+    assert case.bytes_moved - plain.bytes_moved == (60 * (1152 - 656) if width == 576 else 0)
+
+
+def test_values_of_a_cache_are_exact():
+    x = torch.randn(7, 576).bfloat16()
+    assert torch.equal(sparse.values(x), x.double())
+    packed = flashmla.fp8.pack(x, power_of_two=False)
+    want = fp8.unpack(packed.numpy(), np.float64)
+    assert np.array_equal(sparse.values(packed).numpy(), want)
+    assert not np.array_equal(flashmla.fp8.unpack(packed).double().numpy(), want)
+
+
+def test_dense_decode_over_the_fp8_cache_stands_beside_our_own_over_bfloat16():
+    case = Case("dense_decode_fp8", b=3, h_q=8, s_k=130, s_q=2)
+    assert case.causal and case.flops == replace(case, op="dense_decode").flops
+    plain = replace(case, op="dense_decode")
+    assert plain.bytes_moved - case.bytes_moved == 3 * 130 * (1152 - 656)
+    problem = problems.MAKERS["dense_decode_fp8"](case, CPU)
+    assert problem.caches[0].shape == (9, 64, 1, 656)
+    out = peers.own(problem, "torch")(1)[0]
+    assert problem.error(out, 1) < 0.01 < problem.error(out + 1, 1)
+    found = peers.find_peers(torch.device("cuda"), "dense_decode_fp8")
+    assert list(found) == ["peer:own-bf16-cache"]
+    other = found["peer:own-bf16-cache"](problem)(1)[0]
+    assert problem.plain.error(other, 1) < 0.01 < problem.error(other, 1) < 0.3
+
+
+def test_fp8_products_are_a_ceiling_of_cards_that_have_them():
+    assert roofline.fp8_matmul_tflops(CPU) is None
+    assert "fp8_matmul_tflops" not in H100.as_dict()
+    with_fp8 = replace(H100, fp8_matmul_tflops=1440.04)
+    assert with_fp8.as_dict()["fp8_matmul_tflops"] == 1440.0

@@ -54,8 +54,21 @@ def section(result: dict[str, Any]) -> list[str]:
     peers = sorted({r["impl"].removeprefix("peer:") for r in result["rows"]} - own(result))
     beside = f", beside {', '.join(peers)}" if peers else ""
     facts = f"driver {said['driver']}, CUDA {said['cuda']}, torch {said['torch']}"
-    lines = [f"**{said['gpu']}**{beside}", "", *table(result), ""]
+    lines = [f"**{said['gpu']}**{beside}", "", *table(result), "", *ceilings(result)]
     return [*lines, f"{facts}, commit {said['commit'][:12]}, {said['date'][:10]}."]
+
+
+def ceilings(result: dict[str, Any]) -> list[str]:
+    """What the card did at best in the same run."""
+    names = {"read_gbps": "reading", "copy_gbps": "copying", "matmul_tflops": "bf16 products"}
+    names["fp8_matmul_tflops"] = "FP8 products"
+    known = result.get("ceilings", {})
+    said = [
+        f"{what} {known[name]:.0f} {'GB/s' if name.endswith('gbps') else 'TFLOPS'}"
+        for name, what in names.items()
+        if name in known
+    ]
+    return [f"Ceilings of the same run: {', '.join(said)}.", ""] if said else []
 
 
 def own(result: dict[str, Any]) -> set[str]:

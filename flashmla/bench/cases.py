@@ -37,6 +37,7 @@ WRITES = {
     "index_append": D_INDEX * BF16 + 4 + INDEX_TOKEN,
 }
 
+DENSE = ("dense_decode", "dense_decode_fp8")
 INDEXING = ("topk", "indexer", "indexer_paged")
 INDEX_HEADS = 64  # of the indexer in a whole step
 
@@ -46,7 +47,8 @@ class Case:
     """A problem of one operation; what does not apply to the operation stays at its default.
 
     Args:
-        op: ``dense_decode``, ``sparse_decode``, ``sparse_prefill``; one that chooses tokens:
+        op: ``dense_decode``, ``dense_decode_fp8`` over the FP8 cache, ``sparse_decode``,
+            ``sparse_prefill``; one that chooses tokens:
             ``topk``, ``indexer``, ``indexer_paged``; ``dsa_step``, the indexer, top-k and sparse
             decode one after the other; or one that writes tokens to a cache: ``paged_append``,
             ``fp8_append``, ``index_append``.
@@ -58,6 +60,8 @@ class Case:
         topk: indices a query attends to (sparse).
         page: tokens in a page of the cache.
         tokens: how many are written to the cache.
+        cache: what sparse decode reads: ``fp8``, scales being powers of two; ``fp8-any-scale``;
+            ``bf16``.
     """
 
     op: str
@@ -70,6 +74,7 @@ class Case:
     topk: int = 0
     page: int = 64
     tokens: int = 0
+    cache: str = "fp8"
 
     @property
     def name(self) -> str:
@@ -89,12 +94,14 @@ class Case:
             parts.append(f"s_k={self.s_k}" + (f"±{self.spread}" if self.spread else ""))
         if self.topk:
             parts.append(f"topk={self.topk}")
+        if self.cache != "fp8":
+            parts.append(f"cache={self.cache}")
         return " ".join(parts)
 
     @property
     def causal(self) -> bool:
         """Several query tokens of one sequence are speculated ones, and those are causal."""
-        return self.op == "dense_decode" and self.s_q > 1
+        return self.op in DENSE and self.s_q > 1
 
     def lengths(self) -> np.ndarray:
         """Cached tokens of each sequence, int32 [b], the same at every call."""
@@ -110,7 +117,7 @@ class Case:
             return 0
         if self.op == "indexer":
             return self.s_k * self.s_q
-        if self.op in ("dense_decode", "indexer_paged"):
+        if self.op in (*DENSE, "indexer_paged"):
             return int(self.lengths().sum()) * self.s_q
         return self.topk * self.s_q * (1 if self.op == "sparse_prefill" else self.b)
 
@@ -150,10 +157,11 @@ class Case:
             return self._indexing_bytes()
         queries = self.s_q * (1 if self.op == "sparse_prefill" else self.b)
         ends = queries * self.h_q * (D_QK + D_V) * BF16 + queries * self.h_q * 4
-        if self.op == "dense_decode":
-            return int(self.lengths().sum()) * self.h_kv * D_QK * BF16 + ends
+        if self.op in DENSE:
+            token = self.h_kv * D_QK * BF16 if self.op == "dense_decode" else FP8_TOKEN
+            return int(self.lengths().sum()) * token + ends
         if self.op == "sparse_decode":
-            return self.keys * FP8_TOKEN + ends
+            return self.keys * (D_QK * BF16 if self.cache == "bf16" else FP8_TOKEN) + ends
         return self.s_k * D_QK * BF16 + ends
 
     def _indexing_bytes(self) -> int:
@@ -215,8 +223,8 @@ def _dense(b: int, h_q: int, s_q: int, s_k: int, spread: int = 0) -> Case:
     return Case("dense_decode", b=b, h_q=h_q, s_q=s_q, s_k=s_k, spread=spread)
 
 
-def _sparse(b: int, h_q: int, s_q: int, topk: int) -> Case:
-    return Case("sparse_decode", b=b, h_q=h_q, s_q=s_q, s_k=32768, topk=topk)
+def _sparse(b: int, h_q: int, s_q: int, topk: int, cache: str = "fp8") -> Case:
+    return Case("sparse_decode", b=b, h_q=h_q, s_q=s_q, s_k=32768, topk=topk, cache=cache)
 
 
 def _prefill(h_q: int, s_kv: int) -> Case:
@@ -263,6 +271,10 @@ CASES: tuple[Case, ...] = (
     _sparse(8, 64, 1, 2048),
     _sparse(8, 16, 1, 2048),
     _sparse(32, 128, 2, 32768),
+    _sparse(128, 64, 1, 2048, "fp8-any-scale"),
+    _sparse(128, 64, 1, 2048, "bf16"),
+    _sparse(8, 16, 1, 2048, "bf16"),
+    *(Case("dense_decode_fp8", b=128, h_q=h_q, s_k=8192) for h_q in (16, 64, 128)),
     _prefill(128, 8192),
     _prefill(128, 32768),
     _prefill(128, 131072),

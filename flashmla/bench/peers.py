@@ -28,6 +28,7 @@ __all__ = ["TIER_OF_OP", "find_peers", "own", "sides"]
 # The operation whose tier decides who serves a benchmark's call.
 TIER_OF_OP = {
     "dense_decode": "mla.dense_decode",
+    "dense_decode_fp8": "fp8.dense_decode",
     "paged_append": "paged_kv.append",
     "fp8_append": "fp8.append",
     "index_append": "fp8.index_append",
@@ -50,8 +51,7 @@ def own(problem: Any, tier: str) -> Side:
     called as users call it, with nothing around; another one pays for the context manager in its
     host time.
     """
-    makers: dict[type, Callable[[Any], Side]] = {DenseDecode: _dense_decode, Writing: _writing}
-    call = makers[type(problem)](problem) if type(problem) in makers else problem.side()
+    call = _writing(problem) if isinstance(problem, Writing) else problem.side()
     if backend.tier_for(TIER_OF_OP[problem.case.op], problem.device) == tier:
         return call
 
@@ -60,29 +60,6 @@ def own(problem: Any, tier: str) -> Side:
             return call(copy)
 
     return forced
-
-
-def _dense_decode(problem: DenseDecode) -> Side:
-    """Returns (out, lse)."""
-    case = problem.case
-    metadata, num_splits = flashmla.get_mla_metadata(
-        problem.cache_seqlens, case.s_q * case.h_q // case.h_kv, case.h_kv
-    )
-
-    def call(copy: int) -> Any:
-        return flashmla.flash_mla_with_kvcache(
-            problem.q,
-            problem.caches[copy],
-            problem.block_table,
-            problem.cache_seqlens,
-            D_V,
-            metadata,
-            num_splits,
-            softmax_scale=problem.scale,
-            causal=case.causal,
-        )
-
-    return call
 
 
 def _writing(problem: Writing) -> Side:
@@ -112,6 +89,8 @@ def find_peers(device: torch.device, op: str = "dense_decode") -> dict[str, Call
     if op in ("paged_append", "topk"):
         make = _indexed_assignment if op == "paged_append" else TopK.peer
         return {f"peer:torch-{torch.__version__.split('+')[0]}": make}
+    if op == "dense_decode_fp8":  # what the smaller cache is worth
+        return {"peer:own-bf16-cache": lambda problem: problem.plain.side()}
     if op in (MHA_FORWARD, MHA_BACKWARD):
         return mha.peers(device, op)
     makers: dict[str, Callable[[Any], Side]] = {
@@ -169,5 +148,6 @@ def sides(problem: Any, tiers: list[str], with_peers: bool = True) -> dict[str, 
     found = {f"flashmla-{tier}": own(problem, tier) for tier in tiers}
     if with_peers:
         for name, make in find_peers(problem.device, problem.case.op).items():
-            found[name] = make(problem)
+            if problem.case.cache != "bf16":  # through indices the peer reads FP8 only
+                found[name] = make(problem)
     return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+import flashmla
 from flashmla.bench.cases import (
     BF16,
     D_INDEX,
@@ -22,10 +23,18 @@ from flashmla.bench.cases import (
 )
 from flashmla.bench.indexing import cached_scores, scores, step, topk
 from flashmla.bench.mha import prefill
-from flashmla.bench.sparse import sparse_decode
-from flashmla.bench.timing import copies_for
+from flashmla.bench.sparse import sparse_decode, values
+from flashmla.bench.timing import Side, copies_for
 
-__all__ = ["MAKERS", "DenseDecode", "Writing", "dense_decode", "writing"]
+__all__ = [
+    "MAKERS",
+    "DenseDecode",
+    "DenseDecodeFp8",
+    "Writing",
+    "dense_decode",
+    "dense_decode_fp8",
+    "writing",
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,31 @@ class DenseDecode:
             scores = scores.masked_fill(unseen[:, None, None], float("-inf"))
         return torch.einsum("qhgk,khd->qhgd", scores.softmax(-1), keys[..., :D_V]).flatten(1, 2)
 
+    def side(self, caches: tuple[torch.Tensor, ...] | None = None) -> Side:
+        """Our call, over other caches than these if given: returns (out, lse). Planned once, as
+        callers do."""
+        caches, case = caches or self.caches, self.case
+        fp8 = caches[0].dtype == torch.uint8
+        metadata, num_splits = flashmla.get_mla_metadata(
+            self.cache_seqlens, case.s_q * case.h_q // case.h_kv, case.h_kv
+        )
+
+        def call(copy: int) -> Any:
+            return flashmla.flash_mla_with_kvcache(
+                self.q,
+                caches[copy],
+                self.block_table,
+                self.cache_seqlens,
+                D_V,
+                metadata,
+                num_splits,
+                softmax_scale=self.scale,
+                causal=case.causal,
+                is_fp8_kvcache=fp8,
+            )
+
+        return call
+
     def error(self, out: torch.Tensor, copy: int = 0, sequences: int = 2) -> float:
         """Largest absolute error of out [b, s_q, h_q, 512], over the first and last sequences."""
         chosen = sorted({0, self.case.b - 1})[:sequences]
@@ -99,6 +133,58 @@ def dense_decode(case: Case, device: torch.device, seed: int = 0) -> DenseDecode
         block_table=table.view(case.b, most),
         cache_seqlens=lengths,
     )
+
+
+@dataclass(frozen=True)
+class DenseDecodeFp8:
+    """Dense decode over the FP8 cache.
+
+    Args:
+        plain: the same problem over caches of bfloat16.
+        caches: copies [blocks, page, 1, 656] uint8: those, packed.
+    """
+
+    plain: DenseDecode
+    caches: tuple[torch.Tensor, ...]
+
+    @property
+    def case(self) -> Case:
+        return self.plain.case
+
+    @property
+    def copies(self) -> int:
+        return len(self.caches)
+
+    @property
+    def device(self) -> torch.device:
+        return self.plain.device
+
+    def error(self, out: torch.Tensor, copy: int = 0) -> float:
+        """Largest absolute error of out [b, s_q, h_q, 512], over the first and last sequences,
+        beside what the bytes are worth; the plain caches' results miss that by the rounding."""
+        worst = 0.0
+        for i in sorted({0, self.case.b - 1}):
+            pages = self.plain.block_table[i, : -(-int(self.plain.cache_seqlens[i]) // 64)].long()
+            used = values(self.caches[copy][pages].flatten(0, 2))
+            alone = replace(
+                self.plain,
+                q=self.plain.q[i : i + 1],
+                caches=(used.view(len(pages), self.case.page, 1, D_QK),),
+                block_table=torch.arange(len(pages), device=self.device)[None],
+                cache_seqlens=self.plain.cache_seqlens[i : i + 1],
+            )
+            worst = max(worst, float((out[i].double() - alone.reference(0)).abs().max()))
+        return worst
+
+    def side(self) -> Side:
+        """Our call: returns (out, lse)."""
+        return self.plain.side(self.caches)
+
+
+def dense_decode_fp8(case: Case, device: torch.device, seed: int = 0) -> DenseDecodeFp8:
+    """Makes a problem; copies by the bytes of the smaller caches."""
+    plain = dense_decode(case, device, seed)
+    return DenseDecodeFp8(plain, tuple(flashmla.fp8.pack(cache) for cache in plain.caches))
 
 
 @dataclass(frozen=True)
@@ -163,6 +249,7 @@ def writing(case: Case, device: torch.device, seed: int = 0) -> Writing:
 
 MAKERS: dict[str, Callable[[Case, torch.device], Any]] = {
     "dense_decode": dense_decode,
+    "dense_decode_fp8": dense_decode_fp8,
     **dict.fromkeys((MHA_FORWARD, MHA_BACKWARD), prefill),
     "topk": topk,
     "indexer": scores,

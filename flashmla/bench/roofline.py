@@ -13,6 +13,7 @@ __all__ = [
     "Ceilings",
     "bound",
     "copy_gbps",
+    "fp8_matmul_tflops",
     "measure_ceilings",
     "matmul_tflops",
     "predicted_us",
@@ -28,14 +29,17 @@ class Ceilings:
         read_gbps: GB/s of reading a tensor much larger than any cache.
         copy_gbps: GB/s of copying one, bytes read and bytes written both counted.
         matmul_tflops: TFLOPS of a large matrix product of random bf16 numbers.
+        fp8_matmul_tflops: the same of float8_e4m3; None where torch has no such product.
     """
 
     read_gbps: float
     copy_gbps: float
     matmul_tflops: float
+    fp8_matmul_tflops: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        return {name: round(value, 1) for name, value in asdict(self).items()}
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: round(value, 1) for name, value in known.items()}
 
 
 def predicted_us(
@@ -97,6 +101,20 @@ def matmul_tflops(
     return 2 * n**3 / _median_us(lambda _: torch.matmul(a, b, out=out), device) / 1e6
 
 
+def fp8_matmul_tflops(device: torch.device | str, n: int = 8192) -> float | None:
+    """TFLOPS of an n³ product of random float8_e4m3 numbers; None off cards that have it."""
+    device = torch.device(device)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return None
+    a, b = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
+
+    def product(_: int) -> torch.Tensor:
+        return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return 2 * n**3 / _median_us(product, device) / 1e6
+
+
 def measure_ceilings(device: torch.device | str) -> Ceilings:
     """All ceilings of a device, each the median of three measurements."""
     device = torch.device(device)
@@ -104,4 +122,5 @@ def measure_ceilings(device: torch.device | str) -> Ceilings:
     def three(measurement) -> float:
         return statistics.median(measurement(device) for _ in range(3))
 
-    return Ceilings(three(read_gbps), three(copy_gbps), three(matmul_tflops))
+    rates = three(read_gbps), three(copy_gbps), three(matmul_tflops)
+    return Ceilings(*rates, fp8_matmul_tflops(device))

@@ -1,4 +1,4 @@
-"""Problems of sparse decode: queries over the FP8 cache, each with its own list of tokens."""
+"""Problems of sparse decode: queries over a cache, each with its own list of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import flashmla
 from flashmla.bench.cases import D_QK, D_V, Case
 from flashmla.bench.timing import Side, copies_for
 
-__all__ = ["SparseDecode", "sparse_decode"]
+__all__ = ["SparseDecode", "sparse_decode", "values"]
 
 _PEER_HEADS = (64, 128)  # what the frozen kernels take
 
@@ -24,7 +24,8 @@ class SparseDecode:
 
     Args:
         q: [b, s_q, h_q, 576] bfloat16, random normal.
-        caches: copies [blocks, page, 1, 656] uint8, random normal values packed.
+        caches: copies [blocks, page, 1, 656] uint8, random normal values packed; or as bfloat16,
+            [blocks, page, 1, 576].
         indices: [b, s_q, topk] int32: tokens of the query's own sequence, each once.
     """
 
@@ -50,8 +51,7 @@ class SparseDecode:
         worst = [0.0]
         for i in {0, self.case.b - 1}:
             for s in range(self.case.s_q):
-                tokens = self.caches[copy].view(-1, self.caches[copy].shape[-1])
-                keys = flashmla.fp8.unpack(tokens[self.indices[i, s].long()]).double()
+                keys = values(self.caches[copy].flatten(0, 2)[self.indices[i, s].long()])
                 scores = self.q[i, s].double() @ keys.T * self.scale
                 want = scores.softmax(-1) @ keys[:, :D_V]
                 worst.append(float((out[i, s].double() - want).abs().max()))
@@ -63,7 +63,7 @@ class SparseDecode:
         def call(copy: int) -> Any:
             return flashmla.flash_mla_with_kvcache(
                 self.q, self.caches[copy], None, None, D_V, None, softmax_scale=self.scale,
-                is_fp8_kvcache=True, indices=self.indices,
+                is_fp8_kvcache=self.case.cache != "bf16", indices=self.indices,
             )  # fmt: skip
 
         return call
@@ -86,20 +86,34 @@ class SparseDecode:
         return call
 
 
+def values(tokens: Tensor) -> Tensor:
+    """What tokens of a cache [n, 656 bytes] are worth, or [n, 576] as they are: float64 [n, 576].
+
+    A code times its scale is exact in float64, as it is not in float32.
+    """
+    if tokens.dtype.itemsize > 1:
+        return tokens.double()
+    fields = tokens.view(torch.uint8).split_with_sizes((512, 16, 128), dim=1)
+    codes, scales, rope = (
+        field.contiguous().view(dtype).double()
+        for field, dtype in zip(fields, (torch.float8_e4m3fn, torch.float32, torch.bfloat16))
+    )
+    return torch.cat([codes * scales.repeat_interleave(128, dim=1), rope], dim=1)
+
+
 def sparse_decode(case: Case, device: torch.device, seed: int = 0) -> SparseDecode:
     """Makes a problem; copies as for dense decode, by the bytes that a call reads."""
     g = torch.Generator(device).manual_seed(seed)
     blocks = case.b * -(-case.s_k // case.page)
     tokens = blocks * case.page
 
+    def stored(n: int) -> Tensor:
+        x = torch.randn(n, D_QK, generator=g, device=device).to(torch.bfloat16)
+        return x if case.cache == "bf16" else flashmla.fp8.pack(x, case.cache == "fp8")
+
     def cache() -> Tensor:
-        packed = [
-            flashmla.fp8.pack(
-                torch.randn(n, D_QK, generator=g, device=device).to(torch.bfloat16)
-            ).view(torch.uint8)
-            for n in (min(1 << 18, tokens - at) for at in range(0, tokens, 1 << 18))
-        ]
-        return torch.cat(packed).view(blocks, case.page, 1, -1)
+        parts = [min(1 << 18, tokens - at) for at in range(0, tokens, 1 << 18)]
+        return torch.cat([stored(n) for n in parts]).view(blocks, case.page, 1, -1)
 
     chosen = [
         torch.randperm(case.s_k, generator=g, device=device)[: case.topk] + i * (tokens // case.b)
