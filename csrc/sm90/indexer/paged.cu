@@ -7,6 +7,7 @@
 // anything; the two others take every other page.
 #include <algorithm>
 
+#include "../../common/shared_memory.h"
 #include "../../common/tensor_map.h"
 #include "pipeline.cuh"
 
@@ -315,8 +316,7 @@ void launch_paged(const PagedIndexerArgs& a, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Paged<kHeads, kQueries>::Storage);
   static_assert(kShared <= 232448, "227 KB a CTA");
   const auto kernel = &paged_kernel<kHeads, kQueries>;
-  FLASHMLA_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  allow_shared_memory<&paged_kernel<kHeads, kQueries>>(kShared);
   const int64_t most = static_cast<int64_t>(p.batch) * p.groups * p.max_blocks;
   const auto grid = static_cast<unsigned>(std::min<int64_t>(most, sms));
   kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map, scale_map);

@@ -7,6 +7,7 @@
 // the other applies ReLU and weights to what it has got.
 #include <algorithm>
 
+#include "../../common/shared_memory.h"
 #include "../../common/tensor_map.h"
 #include "pipeline.cuh"
 
@@ -242,8 +243,7 @@ void launch_prefill(const IndexerArgs& a, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Work::Storage);
   static_assert(kShared <= 232448, "227 KB a CTA");
   const auto kernel = &prefill_kernel<kHeads, kQueries>;
-  FLASHMLA_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  allow_shared_memory<&prefill_kernel<kHeads, kQueries>>(kShared);
   kernel<<<static_cast<unsigned>(groups * p.chunks), kThreads, kShared, stream>>>(p, q_map, k_map,
                                                                                   scale_map);
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
