@@ -182,6 +182,16 @@ def test_values_are_checked_when_asked_for(monkeypatch):
     ):
         end = torch.tensor([0, 0, 6], dtype=torch.int32)
         flashmla.indexer_logits(CODES, KEYS, torch.ones(5), torch.ones(3, 4), BOUNDS, end)
+    backwards = torch.tensor([3, 4, 0]).int(), torch.tensor([3, 2, 5]).int()
+    with pytest.raises(
+        ValueError,
+        match=r"end\[1] is 2, but must be at least start\[1], which is 4 \(1 such",
+    ):
+        flashmla.indexer_logits(CODES, KEYS, torch.ones(5), torch.ones(3, 4), *backwards)
+    monkeypatch.setenv("FLASHMLA_CHECK", "0")
+    logits = flashmla.indexer_logits(CODES, KEYS, torch.ones(5), torch.ones(3, 4), *backwards)
+    assert logits.isneginf().sum(1).tolist() == [5, 5, 0]  # empty, backwards, whole
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
     table = torch.tensor([[5, 1], [7, -1], [-3, 2]], dtype=torch.int32)
     flashmla.topk(torch.zeros(3, 8), 2, torch.tensor([8, 4, 0]).int(), table, 4)
     for lengths, place in (([8, 5, 0], "1, 1"), ([8, 4, 1], "2, 0")):

@@ -169,6 +169,20 @@ def sparse_decode(device: str) -> None:
             )  # fmt: skip
 
 
+def dense_decode_fp8(device: str) -> None:
+    from cases import DENSE_FP8_CASES
+
+    import flashmla
+
+    for case in DENSE_FP8_CASES:
+        x = case.build(device)
+        plan, _ = flashmla.get_mla_metadata()
+        flashmla.flash_mla_with_kvcache(
+            x.q, x.k_cache, x.block_table, x.cache_seqlens, 512, plan, causal=case.causal,
+            is_fp8_kvcache=True, attn_sink=x.attn_sink,
+        )  # fmt: skip
+
+
 def sparse_prefill(device: str) -> None:
     from cases import SPARSE_PREFILL_CASES
 
@@ -220,6 +234,7 @@ BODIES: dict[str, Callable[[str], None]] = {
     "dsa.indexer_logits": indexer,
     "dsa.topk": topk,
     "dsa.sparse_decode": sparse_decode,
+    "fp8.dense_decode": dense_decode_fp8,
     "dsa.sparse_prefill": sparse_prefill,
     "mha.forward": prefill,
 }

@@ -196,7 +196,7 @@ def flash_mla_sparse_fwd(
         ValueError: a wrong rank, shape, device, stride or head size; with ``FLASHMLA_CHECK=1``
             also a topk_length out of range, and an index other than -1 that is.
 
-    Source: ``flashmla/torch/dsa.py``.
+    Source: ``flashmla/torch/dsa.py``, ``flashmla/triton/sparse.py``.
     """
     dims = "[s_q, h_q, d_qk]"
     check_tensor("q", q, dims, float_dtypes(q))
@@ -253,14 +253,14 @@ def indexer_logits(
         end: int32 [s_q], one behind the last.
 
     Returns:
-        float32 [s_q, s_kv], -inf outside a query's range, whatever is there. On Hopper FP8 products
-        are added up with fewer bits than float32 has: an error stays below 2^-11 of the sum of
-        absolute products.
+        float32 [s_q, s_kv], -inf outside a query's range, whatever is there; a range that runs
+        backwards holds nothing. On Hopper FP8 products are added up with fewer bits than float32
+        has: an error stays below 2^-11 of the sum of absolute products.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a wrong rank, shape, device or stride; with ``FLASHMLA_CHECK=1`` also ranges
-            beyond the keys.
+            that run beyond the keys or backwards.
 
     Source: ``flashmla/torch/dsa.py``, ``flashmla/triton/dsa.py``,
     ``csrc/sm90/indexer/prefill.cu``.
@@ -279,7 +279,20 @@ def indexer_logits(
         check_shape(name, bound, (s_q,), "[s_q]")
         if values_wanted():
             check_range(name, bound, 0, k.shape[0], "a token's position")
+    if values_wanted():
+        _check_forward(start, end)
     return _indexer_logits(q, k, k_scale, weights, start, end)
+
+
+def _check_forward(start: Tensor, end: Tensor) -> None:
+    """Ranges may be empty, but run forward; reads them, so only where values are wanted."""
+    wrong = (end < start).nonzero()
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"end[{i}] is {int(end[i])}, but must be at least start[{i}], which is "
+            f"{int(start[i])} ({len(wrong)} such ranges)"
+        )
 
 
 def indexer_logits_paged(
@@ -365,7 +378,7 @@ def topk(
         >>> flashmla.topk(logits, 3).tolist(), flashmla.topk(logits, 6).tolist()
         ([[0, 1, 4]], [[0, 1, 3, 4, -1, -1]])
 
-    Source: ``flashmla/torch/dsa.py``, ``csrc/sm90/topk/``.
+    Source: ``flashmla/torch/dsa.py``, ``flashmla/triton/topk.py``, ``csrc/sm90/topk/``.
     """
     check_tensor("logits", logits, "[rows, n]", (torch.float32,))
     rows, n = logits.shape
