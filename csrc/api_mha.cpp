@@ -58,21 +58,22 @@ void mha_forward(TensorView q, TensorView k, TensorView v, TensorView cu_seqlens
   sm90::launch_dense_prefill(args, guard.stream());
 }
 
-// Beside forward's: d_out [total_q, h_q, 128]; d_lse [total_q, h_q] or nothing; dq, dk, dv like q,
+// Beyond forward's: d_out [total_q, h_q, 128]; d_lse [total_q, h_q] or nothing; dq, dk, dv like q,
 // k, v, contiguous. Room for what is kept a query, in tiles of 64: lse2, delta [h_q, tiles, 64] and
-// dq_sums [h_q, tiles, 64 * d_qk] float32, turns [h_q, tiles, d_qk / 64] int32.
-void mha_backward(TensorView d_out, TensorView q, TensorView k, TensorView v, TensorView out,
-                  TensorView lse, TensorView cu_seqlens_q, TensorView cu_seqlens_kv,
-                  tvm::ffi::Optional<TensorView> d_lse, TensorView dq, TensorView dk, TensorView dv,
-                  TensorView lse2, TensorView delta, TensorView dq_sums, TensorView turns,
-                  TensorView work, double softmax_scale, bool causal, bool deterministic) {
+// dq_sums [h_q, tiles, 64 * d_qk] float32, counters [h_q, tiles, 3] int32.
+void mha_backward(TensorView q, TensorView k, TensorView v, TensorView cu_seqlens_q,
+                  TensorView cu_seqlens_kv, TensorView out, TensorView lse, TensorView work,
+                  TensorView d_out, tvm::ffi::Optional<TensorView> d_lse, TensorView dq,
+                  TensorView dk, TensorView dv, TensorView lse2, TensorView delta,
+                  TensorView dq_sums, TensorView counters, double softmax_scale, bool causal,
+                  bool deterministic) {
   sm90::DensePrefillBackwardArgs a;
   a.forward =
       forward_args(q, k, v, cu_seqlens_q, cu_seqlens_kv, out, lse, work, softmax_scale, causal);
   a.d_out = rows(d_out);
   a.d_lse = d_lse.has_value() ? data<float>(d_lse.value()) : nullptr;
   a.deterministic = deterministic;
-  for (const TensorView& t : {dq, dk, dv, lse2, delta, dq_sums, turns}) {
+  for (const TensorView& t : {dq, dk, dv, lse2, delta, dq_sums, counters}) {
     require(t.IsContiguous(), "gradients and working memory must be contiguous");
   }
   a.dq = data<void>(dq);
@@ -80,12 +81,13 @@ void mha_backward(TensorView d_out, TensorView q, TensorView k, TensorView v, Te
   a.dv = data<void>(dv);
   a.tiles = size32(lse2, 1);
   require(a.tiles >= a.forward.q.tokens / sm90::kTileQueries + a.forward.batch + 2 &&
-              delta.size(1) == a.tiles && dq_sums.size(1) == a.tiles && turns.size(1) == a.tiles,
+              delta.size(1) == a.tiles && dq_sums.size(1) == a.tiles &&
+              counters.size(1) == a.tiles && counters.size(2) == sm90::kCounters,
           "too few tiles for the queries");
   a.lse2 = data<float>(lse2);
   a.delta = data<float>(delta);
   a.dq_sums = data<float>(dq_sums);
-  a.turns = data<int>(turns);
+  a.counters = data<int>(counters);
   const DeviceGuard guard(q.device());
   sm90::launch_dense_prefill_backward(a, guard.stream());
 }

@@ -278,6 +278,49 @@ def test_prefill_counts_operations_and_bytes():
         assert sum("cudnn" in name for name in mha.peers(torch.device("cuda"), op)) == count
 
 
+@pytest.mark.parametrize("spread", [0, 90])
+@pytest.mark.parametrize("name", mha.FLASH_ATTENTION_3)
+def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch, tmp_path, name, spread):
+    (tmp_path / f"{name}.py").write_text(FLASH_ATTENTION_3)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for other in mha.FLASH_ATTENTION_3:
+        monkeypatch.delitem(sys.modules, other, raising=False)
+    make = mha.peers(torch.device("cuda"), "mha_forward")["peer:flash-attention-3"]
+    assert "peer:flash-attention-3" not in mha.peers(torch.device("cuda"), "mha_backward")
+    problem = problems.MAKERS["mha_forward"](replace(PREFILL[0], spread=spread), CPU)
+    (name_of_call, args, kwargs), shape = make(problem)(0)[0].of
+    assert kwargs == {"causal": True}
+    if spread:
+        assert name_of_call == "varlen" and args[0] is problem.q
+        assert args[3] is args[4] is problem.cu_seqlens and args[5] == args[6] == problem.longest
+    else:
+        assert name_of_call == "batch" and shape == (2, 150, 2, 192)
+
+
+def test_flash_attention_3_that_does_not_load_is_left_out(monkeypatch, tmp_path: Path):
+    (tmp_path / "flash_attn_interface.py").write_text("raise OSError('libcudart.so.99 is missing')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.warns(UserWarning, match="does not load: libcudart.so.99 is missing"):
+        assert len(mha.peers(torch.device("cuda"), "mha_forward")) == 1
+
+
+FLASH_ATTENTION_3 = """
+class Out:
+    def __init__(self, *call):
+        self.of = call, tuple(call[1][0].shape)
+
+    def flatten(self, first, last):
+        assert (first, last) == (0, 1)
+        return self
+
+def flash_attn_func(*args, **kwargs):
+    return Out("batch", args, kwargs)
+
+def flash_attn_varlen_func(*args, **kwargs):
+    return Out("varlen", args, kwargs)
+"""
+
+
 # ---- peers and rows --------------------------------------------------------------------------
 
 

@@ -196,7 +196,7 @@ def sparse_prefill(device: str) -> None:
 
 
 def prefill(device: str) -> None:
-    """Forward and, where there is a kernel for it, backward."""
+    """Forward and, where there is a kernel for it, backward, deterministic or not."""
     import torch
     from cases import PREFILL_CASES
 
@@ -207,12 +207,13 @@ def prefill(device: str) -> None:
     for case in PREFILL_CASES:
         x = case.build(device)
         q, k, v = (t.detach().requires_grad_(backward) for t in (x.q, x.k, x.v))
-        out, _ = flashmla.flash_attn_varlen_func(
-            q, k, v, x.cu_seqlens_qo, x.cu_seqlens_kv, x.max_seqlen_qo, x.max_seqlen_kv,
-            softmax_scale=x.scale, causal=case.causal,
-        )  # fmt: skip
-        if backward:
-            torch.autograd.grad(out, (q, k, v), x.d_out)
+        for deterministic in (False, True):
+            out, _ = flashmla.flash_attn_varlen_func(
+                q, k, v, x.cu_seqlens_qo, x.cu_seqlens_kv, x.max_seqlen_qo, x.max_seqlen_kv,
+                softmax_scale=x.scale, causal=case.causal, deterministic=deterministic,
+            )  # fmt: skip
+            if backward:
+                torch.autograd.grad(out, (q, k, v), x.d_out)
 
 
 def canary(device: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from flashmla.bench.timing import Side
 __all__ = ["Prefill", "peers", "prefill"]
 
 D_V = 128
+FLASH_ATTENTION_3 = ("flash_attn_interface", "fa3_fwd_interface")
+"""Modules that have its functions: the whole package's, and that of a wheel with forward alone."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +112,35 @@ def peers(device: torch.device, op: str) -> dict[str, Callable[[Any], Side]]:
         return {}
     found: dict[str, Callable[[Any], Side]] = {}
     found[f"peer:cudnn-{torch.backends.cudnn.version()}"] = _cudnn
-    if op == MHA_FORWARD and importlib.util.find_spec("flash_attn_interface") is not None:
+    if op == MHA_FORWARD and _flash_attention_3_module() is not None:
         found["peer:flash-attention-3"] = _flash_attention_3
     return found
 
 
+def _flash_attention_3_module() -> ModuleType | None:
+    """The first of its modules that is installed and loads; one that does not, with a warning."""
+    for name in FLASH_ATTENTION_3:
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError) as error:
+            warnings.warn(f"{name} is installed and does not load: {error}", stacklevel=3)
+    return None
+
+
 def _cudnn(problem: Prefill) -> Side:
-    """Equal lengths only."""
+    """Lengths that differ, forward only, by the operator behind torch's own varlen attention."""
     case = problem.case
+    cu_seqlens, longest = problem.cu_seqlens, problem.longest
 
     def forward(copy: int) -> Any:
         if case.spread:
-            raise ValueError("takes sequences of one length")
-        q, k, v = (
-            x.unflatten(0, (case.b, case.s_k)).transpose(1, 2)
-            for x in (problem.q, problem.k, problem.v)
-        )
+            lengths = cu_seqlens, cu_seqlens, longest, longest
+            return torch.ops.aten._cudnn_attention_forward(
+                problem.q, problem.k, problem.v, None, *lengths, True, 0.0, case.causal, False
+            )
+        q, k, v = (x.transpose(1, 2) for x in _batches(problem))
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
             out = scaled_dot_product_attention(q, k, v, is_causal=case.causal)
         return (out.transpose(1, 2).flatten(0, 1),)
@@ -132,11 +148,23 @@ def _cudnn(problem: Prefill) -> Side:
     return forward if case.op == MHA_FORWARD else _backward(problem, forward)
 
 
+def _batches(problem: Prefill) -> tuple[torch.Tensor, ...]:
+    """q, k and v as [b, s, h, d], where all sequences have one length."""
+    shape = problem.case.b, problem.case.s_k
+    return tuple(x.unflatten(0, shape) for x in (problem.q, problem.k, problem.v))
+
+
 def _flash_attention_3(problem: Prefill) -> Side:
-    peer = importlib.import_module("flash_attn_interface")
+    """Sequences of one length as a batch, which it is faster at than at ``cu_seqlens``."""
+    peer = _flash_attention_3_module()
+    assert peer is not None
+    causal = problem.case.causal
     cu_seqlens, longest = problem.cu_seqlens, problem.longest
 
     def call(copy: int) -> Any:
+        if not problem.case.spread:
+            out = peer.flash_attn_func(*_batches(problem), causal=causal)
+            return ((out[0] if isinstance(out, tuple) else out).flatten(0, 1),)
         out = peer.flash_attn_varlen_func(
             problem.q,
             problem.k,
@@ -145,7 +173,7 @@ def _flash_attention_3(problem: Prefill) -> Side:
             cu_seqlens,
             longest,
             longest,
-            causal=problem.case.causal,
+            causal=causal,
         )
         return out if isinstance(out, tuple) else (out,)
 

@@ -16,7 +16,7 @@ HEAD_DIMS = ((192, 128), (128, 128))
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-125, 2.0**125
 ALIGNMENT = 8
 """What the copy engine wants of addresses and strides, in 16-bit elements (16 bytes)."""
-TILE_QUERIES = 64  # in backward
+TILE_QUERIES, COUNTERS = 64, 3  # in backward
 
 
 def forward(
@@ -37,20 +37,19 @@ def forward(
         return out, q.new_full((total_q, h_q), float("inf"), dtype=torch.float32)
     out = q.new_empty(total_q, h_q, v.shape[2])
     lse = q.new_empty(total_q, h_q, dtype=torch.float32)
-    work = _work(cu_seqlens_qo)
-    load().mha_forward(
-        _fetchable(q),
-        _fetchable(k),
-        _fetchable(v),
-        cu_seqlens_qo.contiguous(),
-        cu_seqlens_kv.contiguous(),
-        out,
-        lse,
-        work,
-        softmax_scale,
-        causal,
-    )
+    tensors = _arguments(q, k, v, cu_seqlens_qo, cu_seqlens_kv, out, lse)
+    load().mha_forward(*tensors, softmax_scale, causal)
     return out, lse
+
+
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_qo: Tensor, cu_seqlens_kv: Tensor, *results: Tensor
+) -> tuple[Tensor, ...]:
+    """What forward and backward begin with: these, as the kernels want them, then room for the
+    plan of a call, 2 * batch + 4 numbers."""
+    plain = (x.contiguous() for x in (cu_seqlens_qo, cu_seqlens_kv, *results))
+    work = cu_seqlens_qo.new_empty(2 * cu_seqlens_qo.shape[0] + 2)
+    return _fetchable(q), _fetchable(k), _fetchable(v), *plain, work
 
 
 def _fetchable(x: Tensor) -> Tensor:
@@ -110,16 +109,10 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     per_query = q.new_empty(2, h_q, tiles, TILE_QUERIES, dtype=torch.float32)
     dq_sums = q.new_empty(h_q, tiles, TILE_QUERIES * d_qk, dtype=torch.float32)
-    turns = q.new_empty(h_q, tiles, d_qk // 64, dtype=torch.int32)
+    counters = q.new_empty(h_q, tiles, COUNTERS, dtype=torch.int32)
     load().mha_backward(
+        *_arguments(q, k, v, cu_seqlens_qo, cu_seqlens_kv, out, lse),
         _fetchable(d_out),
-        _fetchable(q),
-        _fetchable(k),
-        _fetchable(v),
-        out.contiguous(),
-        lse.contiguous(),
-        cu_seqlens_qo.contiguous(),
-        cu_seqlens_kv.contiguous(),
         None if d_lse is None else d_lse.contiguous(),
         dq,
         dk,
@@ -127,18 +120,12 @@ def backward(
         per_query[0],
         per_query[1],
         dq_sums,
-        turns,
-        _work(cu_seqlens_qo),
+        counters,
         softmax_scale,
         causal,
         deterministic,
     )
     return _strided_like(q, dq), _strided_like(k, dk), _strided_like(v, dv)
-
-
-def _work(cu_seqlens: Tensor) -> Tensor:
-    """Room for the plan of a call: 2 * batch + 4 numbers."""
-    return cu_seqlens.new_empty(2 * cu_seqlens.shape[0] + 2)
 
 
 def _strided_like(x: Tensor, gradient: Tensor) -> Tensor:

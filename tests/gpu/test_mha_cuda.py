@@ -51,7 +51,14 @@ LARGE = (
     PrefillCase("more_blocks_than_sms", ((1500, 1500),), h_q=40, h_kv=40, causal=True, seed=110),
     PrefillCase("heads_in_sets", ((64, 9000),), h_q=24, h_kv=8, seed=111),
 )
-CASES = (*PREFILL_CASES, *LARGE)
+# Rows that end in either half of a tile of 128 keys, and keys that do.
+ENDS = tuple((s, s + more) for s in (1, 63, 65, 128, 191, 193, 256, 321) for more in (0, 64, 129))
+HALVES = tuple(
+    PrefillCase(f"halves_{d_qk}_{causal}", ENDS, 2, 2, d_qk, causal=causal, seed=112)
+    for d_qk in (192, 128)
+    for causal in (True, False)
+)
+CASES = (*PREFILL_CASES, *LARGE, *HALVES)
 REPEATS = 20
 
 
@@ -373,7 +380,9 @@ def test_what_lies_behind_a_sequence_reaches_no_gradient(d_qk: int, causal: bool
         assert_identical(which, got, want)
 
 
-@pytest.mark.parametrize("name", ["mixed_causal", "mixed_128_causal", "more_blocks_than_sms"])
+@pytest.mark.parametrize(
+    "name", ["mixed_causal", "mixed", "mixed_128_causal", "more_blocks_than_sms"]
+)
 def test_deterministic_gradients_repeat_bit_for_bit(name: str) -> None:
     x = next(c for c in LARGE if c.name == name).build(DEVICE)
     first = gradients(x, deterministic=True)

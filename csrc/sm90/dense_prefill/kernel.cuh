@@ -78,10 +78,15 @@ __device__ __forceinline__ void produce_q(const KernelParams& p, SharedStorage<T
   }
 }
 
+// Keys that rows may see: a thread's two, and the one of the 64 that sees the fewest.
+struct Limits {
+  int of_rows[2];
+  int lowest;
+};
+
 template <class T, int kDimQk>
 struct Consumer {
   using PieceQ = SwizzledTile<T, kRows>;                   // [64 rows, 64]
-  using PieceK = SwizzledTile<T, kTokens>;                 // [128 tokens, 64]
   using PieceV = TransposedTile<T, kPieceTokensV, kDimV>;  // [128 columns, 64 tokens]
   using Place = RingPlace<SharedStorage<T, kDimQk>::kSlots>;
 
@@ -93,9 +98,10 @@ struct Consumer {
   Place place;
   uint32_t q_parity = 0;
 
-  decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_128, cute::_64>>()))
-      scores_mma;
+  template <int kWidth>
+  using ScoresMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<T, T, float,
+                                 cute::Shape<cute::_64, cute::Int<kWidth>, cute::_64>>()));
   decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::_128, cute::_64>,
                                  Major::K, Major::MN>())) output_mma;
@@ -124,11 +130,12 @@ struct Consumer {
     for (int i = 0; i < kPieces; ++i, place.advance()) release(&shared.ring_empty[place.slot]);
   }
 
-  // S[64 rows, 128 tokens] = Q Kᵀ
-  template <class Scores>
+  // S[64 rows, kWidth tokens] = Q Kᵀ, of the first tokens of a tile
+  template <int kWidth, class Scores>
   __device__ __forceinline__ void compute_scores(Scores& s) {
-    auto thread_mma = scores_mma.get_thread_slice(thread);
-    scores_mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+    ScoresMma<kWidth> mma;
+    auto thread_mma = mma.get_thread_slice(thread);
+    mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
     wait_pieces<kPiecesQk<kDimQk>>();
     await_turn();
     Place at = place;
@@ -137,9 +144,9 @@ struct Consumer {
     CUTE_UNROLL
     for (int i = 0; i < kPiecesQk<kDimQk>; ++i, at.advance()) {
       auto q = cute::make_tensor(cute::make_smem_ptr(shared.q[index][i]), PieceQ{});
-      auto k = cute::make_tensor(cute::make_smem_ptr(shared.ring[at.slot]), PieceK{});
-      gemm_k_loop(scores_mma, thread_mma.partition_fragment_A(q),
-                  thread_mma.partition_fragment_B(k), s);
+      auto k =
+          cute::make_tensor(cute::make_smem_ptr(shared.ring[at.slot]), SwizzledTile<T, kWidth>{});
+      gemm_k_loop(mma, thread_mma.partition_fragment_A(q), thread_mma.partition_fragment_B(k), s);
     }
     cute::warpgroup_commit_batch();
     pass_turn();
@@ -188,49 +195,67 @@ struct Consumer {
     release_pieces<kPiecesV>();
   }
 
+  // One tile, of which no row of mine sees more than the first kWidth tokens: all or half of it.
+  template <int kWidth, class Output>
+  __device__ __forceinline__ void run_tile(const Work& work, int j, const Limits& limits,
+                                           OnlineSoftmax& softmax, Output& o) {
+    using namespace cute;
+    auto s = partition_fragment_C(ScoresMma<kWidth>{}, Shape<Int<kRows>, Int<kWidth>>{});
+    // region: consumer_tile
+    compute_scores<kWidth>(s);
+    if (j == 0) release(&shared.q_empty[index]);
+    if (j * kTokens + kWidth > limits.lowest) {
+      OnlineSoftmax::mask(s, j * kTokens, limits.of_rows);
+    }
+    const RowPair alpha = softmax.raise_max(s, p.scale_log2);
+    const RowPair shift = softmax.shift(p.scale_log2);
+    rescale(o, alpha);
+    wait_pieces<kPiecesV>();
+    if ((j + 1) * kTokens > work.keys) clear_tail(work.keys - j * kTokens);
+
+    // The product with the first half of V runs under the exponentials for the second.
+    constexpr int kPiece = kRows * kPieceTokensV / 128;  // elements of a thread
+    auto first = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});  // [64, 64]
+    softmax.template exponentiate<0, kPiece>(s, p.scale_log2, shift);
+    to_operand<0>(s, first);
+    fence_fragment(o);
+    accumulate_output<0>(first, o);
+    if constexpr (kWidth == kTokens) {
+      auto second = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});  // [64, 64]
+      softmax.template exponentiate<kPiece, 2 * kPiece>(s, p.scale_log2, shift);
+      to_operand<kPiece>(s, second);
+      accumulate_output<1>(second, o);
+    }
+    warpgroup_wait<0>();
+    fence_fragment(o);
+    release_pieces<kPiecesV>();
+    // endregion: consumer_tile
+  }
+
   __device__ __forceinline__ void run(const Work& work) {
     using namespace cute;
-    auto o = partition_fragment_C(output_mma, Shape<Int<kRows>, Int<kDimV>>{});    // [64, 128]
-    auto s = partition_fragment_C(scores_mma, Shape<Int<kRows>, Int<kTokens>>{});  // [64, 128]
+    auto o = partition_fragment_C(output_mma, Shape<Int<kRows>, Int<kDimV>>{});  // [64, 128]
     clear(o);
     output_mma.accumulate_ = GMMA::ScaleOut::One;
     OnlineSoftmax softmax;
 
     const int first_row = work.row + index * kRows;
-    const int limit[2] = {work.key_limit(first_row + row, p.causal),
-                          work.key_limit(first_row + row + 8, p.causal)};
-    const int lowest_limit = work.key_limit(first_row, p.causal);
+    const Limits limits{
+        {work.key_limit(first_row + row, p.causal), work.key_limit(first_row + row + 8, p.causal)},
+        work.key_limit(first_row, p.causal)};
+    const int highest_limit = work.key_limit(first_row + kRows - 1, p.causal);
     const int all_tiles = work.tiles(work.row + kBlockRows - 1, p.causal);
     const int tiles = work.tiles(first_row + kRows - 1, p.causal);
 
     if (all_tiles > 0) Barrier::wait(&shared.q_full[index], q_parity);
     // region: consumer_loop
-    for (int j = all_tiles - 1; j >= tiles; --j) skip_tile();
-    for (int j = tiles - 1; j >= 0; --j) {
-      compute_scores(s);
-      if (j == 0) release(&shared.q_empty[index]);
-      if ((j + 1) * kTokens > lowest_limit) OnlineSoftmax::mask(s, j * kTokens, limit);
-      const RowPair alpha = softmax.raise_max(s, p.scale_log2);
-      const RowPair shift = softmax.shift(p.scale_log2);
-      rescale(o, alpha);
-      wait_pieces<kPiecesV>();
-      if ((j + 1) * kTokens > work.keys) clear_tail(work.keys - j * kTokens);
-
-      // The product with the first half of V runs under the exponentials for the second.
-      constexpr int kHalf = size(s) / 2;
-      auto first = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});   // [64, 64]
-      auto second = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});  // [64, 64]
-      softmax.template exponentiate<0, kHalf>(s, p.scale_log2, shift);
-      to_operand<0>(s, first);
-      fence_fragment(o);
-      accumulate_output<0>(first, o);
-      softmax.template exponentiate<kHalf, 2 * kHalf>(s, p.scale_log2, shift);
-      to_operand<kHalf>(s, second);
-      accumulate_output<1>(second, o);
-      warpgroup_wait<0>();
-      fence_fragment(o);
-      release_pieces<kPiecesV>();
+    int j = all_tiles - 1;
+    for (; j >= tiles; --j) skip_tile();
+    if (j >= 0 && highest_limit <= j * kTokens + kTokens / 2) {
+      run_tile<kTokens / 2>(work, j, limits, softmax, o);
+      --j;
     }
+    for (; j >= 0; --j) run_tile<kTokens>(work, j, limits, softmax, o);
     // endregion: consumer_loop
     if (all_tiles > 0) {
       if (tiles == 0) release(&shared.q_empty[index]);

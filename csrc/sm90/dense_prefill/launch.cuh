@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../../common/shared_memory.h"
 #include "kernel.cuh"
 #include "row_map.h"
 
@@ -29,15 +30,13 @@ void launch(const DensePrefillArgs& a, cudaStream_t stream) {
   launch_work_plan(p.sequences, kBlockRows, p.plan, stream);
 
   constexpr int kShared = sizeof(SharedStorage<T, kDimQk>);
-  const auto kernel = &dense_prefill_kernel<T, kDimQk>;
-  FLASHMLA_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  allow_shared_memory<dense_prefill_kernel<T, kDimQk>>(kShared);
   int device, sms;
   FLASHMLA_CUDA_CHECK(cudaGetDevice(&device));
   FLASHMLA_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
   const int64_t blocks = most_blocks(p.sequences, kBlockRows) * h_q;
   const int grid = static_cast<int>(std::min<int64_t>(sms, blocks));
-  kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map, v_map);
+  dense_prefill_kernel<T, kDimQk><<<grid, kThreads, kShared, stream>>>(p, q_map, k_map, v_map);
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -14,14 +14,28 @@ struct Block {
   int rank;  // among the blocks of the sequence and head; rank 0 comes first
 };
 
+// How many heads' columns are worked on at a time: 32, if those take no less than `smallest` bytes
+// and no more than `largest`.
+struct HeadSets {
+  static constexpr int kUsual = 32;
+  int bytes_per_column;
+  int64_t smallest, largest;
+
+  __device__ __forceinline__ int sharing(int columns, int heads) const {
+    const int64_t bytes = int64_t{max(1, columns)} * bytes_per_column;
+    const int64_t wanted = min(max(int64_t{kUsual}, smallest / bytes), largest / bytes);
+    return static_cast<int>(max(int64_t{1}, min(wanted, int64_t{heads})));
+  }
+};
+
 // region: block_order
 // Block `number` of the call. Sequences come one after the other, the longest first. Within one,
-// heads go in sets whose columns take `set_bytes` together; within a set, all heads' blocks of rank
-// 0 come first, then those of rank 1, and so on. Ranks go by work, so that what is left at the end
-// is small. `group` heads read the same columns.
+// heads go in sets; within a set, all heads' blocks of rank 0 come first, then those of rank 1, and
+// so on. Ranks go by work, so that what is left at the end is small. `group` heads read the same
+// columns.
 __device__ __forceinline__ Block find_block(const Sequences& sequences, const WorkPlan& plan,
                                             int64_t number, int heads, int group,
-                                            int bytes_per_column, int64_t set_bytes) {
+                                            const HeadSets& sets) {
   int low = 0, high = sequences.count();
   if (number >= int64_t{plan.blocks[high]} * heads) return {0, -1, 0};
   while (high - low > 1) {
@@ -33,9 +47,8 @@ __device__ __forceinline__ Block find_block(const Sequences& sequences, const Wo
   const int rest = static_cast<int>(number - int64_t{before} * heads);
   const int sequence = plan.order[low];
 
-  const int64_t bytes = int64_t{max(1, sequences.columns_of(sequence).length)} * bytes_per_column;
-  const int64_t sharing = max(int64_t{1}, min(set_bytes / bytes, int64_t{heads}));
-  const int set = min(static_cast<int>(sharing) * group, heads);
+  const int sharing = sets.sharing(sequences.columns_of(sequence).length, heads);
+  const int set = min(sharing * group, heads);
   const bool last = plan.blocks[low + 1] == plan.blocks[sequences.count()];
   // Heads that go in sets of the usual size; the others are the last set.
   const int in_sets = max(0, heads - (last ? kLastSets : 1) * set + set - 1) / set * set;

@@ -7,16 +7,17 @@
 
 namespace flashmla::sm90::dense_prefill {
 
-// Keys and values that are worked on at a time: a little more than L2 holds, measured as better
-// than less, since not all of a head's blocks run at once.
-constexpr int64_t kSetBytes = int64_t{64} << 20;
+// Keys and values that are worked on at a time. Of a long sequence a little more than L2 holds,
+// measured as better than less: not all of a head's blocks run at once. A short one's blocks are
+// done so soon that its keys should still be in L2 when the head's next rank comes.
+constexpr int64_t kSmallestSet = int64_t{20} << 20, kLargestSet = int64_t{64} << 20;
 
 // The blocks of a head are counted from the sequence's end: causal, the last queries see the most
 // keys, and the block that is not full is then the lightest one.
 template <int kDimQk>
 __device__ __forceinline__ Work find_work(const KernelParams& p, int64_t number) {
-  const Block block =
-      find_block(p.sequences, p.plan, number, p.h_q, p.group, (kDimQk + kDimV) * 2, kSetBytes);
+  const HeadSets sets{(kDimQk + kDimV) * 2, kSmallestSet, kLargestSet};
+  const Block block = find_block(p.sequences, p.plan, number, p.h_q, p.group, sets);
   Work work;
   work.head = block.head;
   if (block.head < 0) return work;

@@ -7,7 +7,8 @@
 // registers, 320 columns of float32, which is why the tile of queries is no larger. Everything is
 // computed transposed (Sᵀ = K qᵀ), so that Pᵀ and dSᵀ are in registers what the products
 // with dO and q take as they are. Only dQ needs the keys of both: dSᵀ goes to shared memory,
-// each consumer takes some of dQ's columns and adds them to float32 sums in memory.
+// each consumer takes some of dQ's columns and adds them to float32 sums in memory. The CTA that is
+// the last to add to a head makes dQ of its sums.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -72,12 +73,79 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T, 
   }
 }
 
-template <class T, int kDimQk>
+// Adds to the sums in memory what one consumer hands over. A warp that does nothing else: neither
+// memory that is slow to add nor, deterministic, other blocks whose turn it is hold up a consumer.
+template <class T, int kDimQk, bool kDeterministic>
+struct Adder {
+  static constexpr int kPieces = kPiecesQk<kDimQk>;
+  static constexpr int kPiece = kQueries * kPieceCols;
+
+  const KernelParams& p;
+  const Work& work;
+  SharedStorage<T, kDimQk>& shared;
+  const int index;      // of the consumer
+  int* owed = nullptr;  // the counter of the turn that is to be passed on
+  int patience = 1 << 22;
+
+  // One thread's work: the blocks of keys take turns at adding to a tile. Causal, the next one
+  // comes two tiles behind, and a turn is passed on only before the next addition, when this one is
+  // done.
+  __device__ __forceinline__ void await_turn(int64_t tile, int m) {
+    pass_turn();
+    owed = p.counters + tile * kCounters + index;
+    const int mine = work.turn(m, p.causal);
+    // Prefix sums that lie can make two sequences wait for each other: not for ever.
+    while (*const_cast<volatile int*>(owed) != mine && patience > 0) --patience;
+    __threadfence();
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if (owed == nullptr) return;
+    wait_until_added();
+    __threadfence();
+    atomicAdd(owed, 1);
+    owed = nullptr;
+  }
+
+  __device__ __forceinline__ void run() {
+    const bool one_thread = threadIdx.x % 32 == 0;
+    for (int h = work.head * p.group; h < (work.head + 1) * p.group; ++h) {
+      const int64_t tiles = static_cast<int64_t>(h) * p.tiles + work.tile_base();
+      for (int m = work.first_tile; m < work.query_tiles; ++m) {
+        const Share<kPieces> share(m, index);
+        for (int i = 0; i < share.count; ++i) {
+          cutlass::arch::NamedBarrier::arrive(128 + 32, kFree + index);
+          cutlass::arch::NamedBarrier::sync(128 + 32, kFilled + index);
+          if (kDeterministic && one_thread && i == 0) await_turn(tiles + m, m);
+          if (one_thread) {
+            const int64_t at = (tiles + m) * kPieces + share.first + i;
+            add_to_global_async(p.dq_sums + at * kPiece, shared.dq[index], kPiece * sizeof(float));
+            cute::tma_store_arrive();
+            cute::tma_store_wait<0>();
+          }
+          __syncwarp();
+        }
+        if (kDeterministic && one_thread && !p.causal) pass_turn();
+      }
+    }
+    if (one_thread) {
+      if (kDeterministic) pass_turn();
+      wait_until_added();
+      __threadfence();
+    }
+    __syncwarp();
+    if (work.queries > 0) {
+      cutlass::arch::NamedBarrier::arrive(kConsumers * 128 + kAdders, kBlockDone);
+    }
+  }
+};
+
+template <class T, int kDimQk, bool kHasAdder>
 struct Consumer {
   static constexpr int kPieces = kPiecesQk<kDimQk>;
-  using Rows64 = SwizzledTile<T, 64>;                        // [64 keys or queries, 64]
-  using QueriesT = TransposedTile<T, kQueries, kDimQk>;      // [d_qk, 64 queries]
-  using DOutT = TransposedTile<T, kQueries, kDimV>;          // [128, 64 queries]
+  static constexpr bool kBothAtOnce = kDimQk == 128;     // Sᵀ and dPᵀ: there are registers for it
+  using Rows64 = SwizzledTile<T, 64>;                    // [64 keys or queries, 64]
+  using QueriesT = TransposedTile<T, kQueries, kDimQk>;  // [d_qk, 64 queries]
+  using DOutT = TransposedTile<T, kQueries, kDimV>;      // [128, 64 queries]
   using BlockT = TransposedTile<T, kBlockKeys, kPieceCols>;  // [64, 128 keys]
 
   const KernelParams& p;
@@ -86,7 +154,6 @@ struct Consumer {
   const int index;  // 0 or 1
   const int thread = threadIdx.x % 128;
   const int row = thread / 32 * 16 + thread % 32 / 4;  // of the 64 keys; and row + 8
-  int patience = 1 << 22;
 
   decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_64, cute::_64>>()))
@@ -231,30 +298,69 @@ struct Consumer {
     cute::warpgroup_commit_batch();
   }
 
-  // Adds a piece of dQ to the sums, whose order is the accumulator's: 512 bytes a warp at a time.
-  // Deterministic: the blocks of keys take turns, the first keys first.
+  // Adds a piece of dQ to the sums, whose order is the accumulator's: a warp's 512 bytes side by
+  // side. Or leaves it to the warp that adds for this consumer.
   template <class Fragment>
-  __device__ __forceinline__ void add_dq(int64_t tile, int piece, const Fragment& dq) {
-    const int64_t at = tile * kPieces + piece;
-    int* turn = p.turns + at;
-    if (p.deterministic) {
-      if (thread == 0) {
-        // Prefix sums that lie can make two sequences wait for each other: not for ever.
-        while (*static_cast<volatile int*>(turn) != work.row / kBlockKeys && patience > 0)
-          --patience;
-        __threadfence();
-      }
-      sync_own(kOwnTurn);
+  __device__ __forceinline__ void add_dq(int64_t tile, int piece, const Fragment& dq) const {
+    float4* to;
+    if constexpr (kHasAdder) {
+      cutlass::arch::NamedBarrier::sync(128 + 32, kFree + index);
+      to = reinterpret_cast<float4*>(shared.dq[index]) + thread;
+    } else {
+      const int64_t at = (tile * kPieces + piece) * kQueries * kPieceCols;
+      to = reinterpret_cast<float4*>(p.dq_sums + at) + thread;
     }
-    auto* to = reinterpret_cast<float4*>(p.dq_sums + at * kQueries * kPieceCols) + thread;
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); i += 4) {
-      add_to_global(to + i / 4 * 128, make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3)));
+      const float4 part = make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
+      if constexpr (kHasAdder) {
+        to[i / 4 * 128] = part;
+      } else {
+        add_to_global(to + i / 4 * 128, part);
+      }
     }
-    if (p.deterministic) {
+    if constexpr (kHasAdder) {
+      cutlass::arch::fence_view_async_shared();
+      cutlass::arch::NamedBarrier::arrive(128 + 32, kFilled + index);
+    }
+  }
+
+  // After a block's last addition: the last block of all turns the sums into dQ, each consumer
+  // every other tile.
+  __device__ __forceinline__ void finish() {
+    if constexpr (!kHasAdder) __threadfence();
+    cutlass::arch::NamedBarrier::sync(kConsumers * 128 + (kHasAdder ? kAdders : 0), kBlockDone);
+    const int64_t first = static_cast<int64_t>(work.head) * p.group * p.tiles + work.tile_base();
+    if (index == 0 && thread == 0) {
       __threadfence();
-      sync_own(kOwnTurn);
-      if (thread == 0) atomicExch(turn, work.row / kBlockKeys + 1);
+      const int before = atomicAdd(p.counters + first * kCounters + kConsumers, 1);
+      shared.head_done = before == (work.keys - 1) / kBlockKeys;
+      __threadfence();
+    }
+    cutlass::arch::NamedBarrier::sync(kConsumers * 128, kBlockDone);
+    if (!shared.head_done) return;
+    const int h_q = p.h_kv * p.group;
+    const float scale[2] = {p.scale, p.scale};
+    for (int h = 0; h < p.group; ++h) {
+      for (int m = index; m < work.query_tiles; m += kConsumers) {
+        auto dq = cute::make_tensor<float>(cute::Int<kDimQk / 2>{});
+        const int64_t tile = first + static_cast<int64_t>(h) * p.tiles + m;
+        const auto* from = reinterpret_cast<const float4*>(p.dq_sums + tile * kQueries * kDimQk);
+        CUTE_UNROLL
+        for (int i = 0; i < kDimQk / 2; i += 4) {
+          const float4 x = __ldcg(from + i / 4 * 128 + thread);
+          dq(i) = x.x;
+          dq(i + 1) = x.y;
+          dq(i + 2) = x.z;
+          dq(i + 3) = x.w;
+        }
+        const int query = m * kQueries + row;
+        const bool exists[2] = {query < work.queries, query + 8 < work.queries};
+        const int64_t at = (static_cast<int64_t>(work.first_query) + query) * h_q +
+                           static_cast<int64_t>(work.head) * p.group + h;
+        dense_prefill::store_rows<kDimQk>(static_cast<T*>(p.dq) + at * kDimQk,
+                                          int64_t{8} * h_q * kDimQk, dq, scale, exists);
+      }
     }
   }
 
@@ -286,6 +392,7 @@ struct Consumer {
                                       int64_t{8} * p.h_kv * kDimQk, dk, scale, exists);
     dense_prefill::store_rows<kDimV>(static_cast<T*>(p.dv) + first * kDimV,
                                      int64_t{8} * p.h_kv * kDimV, dv, one, exists);
+    if (work.queries > 0) finish();
   }
 
   // region: backward_tile
@@ -304,15 +411,24 @@ struct Consumer {
     Barrier::wait(&shared.q_full[stage], phase);
     if (valid < kQueries) clear_rows<kPieces, kQueries>(shared.q[stage], valid);
     start_scores<kPieces>(shared.k, shared.q[stage], s);
-    warpgroup_wait<0>();
+    auto dp = partition_fragment_C(scores_mma, Shape<Int<kKeys>, Int<kQueries>>{});
+    if constexpr (kBothAtOnce) {
+      Barrier::wait(&shared.d_out_full[stage], phase);
+      if (valid < kQueries) clear_rows<kPiecesV, kQueries>(shared.d_out[stage], valid);
+      start_scores<kPiecesV>(shared.v, shared.d_out[stage], dp);
+      warpgroup_wait<1>();
+    } else {
+      warpgroup_wait<0>();
+    }
     fence_fragment(s);
     exponentiate(s, stage, m);
     to_operand<0>(s, pr);
 
-    Barrier::wait(&shared.d_out_full[stage], phase);
-    if (valid < kQueries) clear_rows<kPiecesV, kQueries>(shared.d_out[stage], valid);
-    auto dp = partition_fragment_C(scores_mma, Shape<Int<kKeys>, Int<kQueries>>{});
-    start_scores<kPiecesV>(shared.v, shared.d_out[stage], dp);
+    if constexpr (!kBothAtOnce) {
+      Barrier::wait(&shared.d_out_full[stage], phase);
+      if (valid < kQueries) clear_rows<kPiecesV, kQueries>(shared.d_out[stage], valid);
+      start_scores<kPiecesV>(shared.v, shared.d_out[stage], dp);
+    }
     // dV = Pᵀ dO runs under the arithmetic for dS.
     auto d_out = make_tensor(make_smem_ptr(shared.d_out[stage]), DOutT{});
     fence_fragment(dv);
@@ -338,25 +454,23 @@ struct Consumer {
     fence_fragment(dk);
     release(&shared.q_empty[stage]);
     Barrier::wait(&shared.ds_full[parity], phase);
-    // Three pieces for two: who has two of them in this tile has one in the next.
-    const bool two = kPieces == 3 && (count + index) % 2 == 0;
-    const int piece = kPieces == 3 ? (two ? 0 : 2) : index;
+    const Share<kPieces> share(m, index);
     auto dq = partition_fragment_C(dq_mma, Shape<Int<kQueries>, Int<kPieceCols>>{});
-    start_dq(parity, piece, dq);
+    start_dq(parity, share.first, dq);
     warpgroup_wait<0>();
     fence_fragment(dq);
-    add_dq(tile, piece, dq);
-    if (two) {
-      start_dq(parity, 1, dq);
+    add_dq(tile, share.first, dq);
+    if (share.count == 2) {
+      start_dq(parity, share.first + 1, dq);
       warpgroup_wait<0>();
       fence_fragment(dq);
-      add_dq(tile, 1, dq);
+      add_dq(tile, share.first + 1, dq);
     }
   }
   // endregion: backward_tile
 };
 
-template <class T, int kDimQk>
+template <class T, int kDimQk, bool kDeterministic>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ KernelParams p,
                     const __grid_constant__ CUtensorMap q_map,
@@ -366,10 +480,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<SharedStorage<T, kDimQk>*>(raw);
   // What a query costs in L2: its rows of Q and dO, and its float32 sums.
-  const Block block = dense_prefill::find_block(p.sequences, p.plan, blockIdx.x, p.h_kv, 1,
-                                                p.group * (kDimQk * 6 + kDimV * 2), kSetBytes);
+  const HeadSets sets{p.group * (kDimQk * 6 + kDimV * 2), kSetBytes, kSetBytes};
+  const Block block = dense_prefill::find_block(p.sequences, p.plan, blockIdx.x, p.h_kv, 1, sets);
   if (block.head < 0) return;
-  const Work work(p, block);
+  const Work work(p, block, kDeterministic);
   if (threadIdx.x == 0) {
     Barrier::init(&shared.kv_full, 1);
     for (int i = 0; i < kStages; ++i) {
@@ -386,10 +500,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
+    const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) produce<T, kDimQk>(p, shared, work, q_map, k_map, v_map, d_out_map);
+    if (kHasAdders<kDimQk, kDeterministic> && (warp == 1 || warp == 2)) {
+      Adder<T, kDimQk, kDeterministic>{p, work, shared, warp - 1}.run();
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
-    Consumer<T, kDimQk>{p, work, shared, warpgroup - 1}.run();
+    Consumer<T, kDimQk, kHasAdders<kDimQk, kDeterministic>>{p, work, shared, warpgroup - 1}.run();
   }
 }
 

@@ -1,11 +1,23 @@
 // Tensor maps and launches of backward for one element type and head size.
 #pragma once
 
+#include "../../common/shared_memory.h"
 #include "../dense_prefill/row_map.h"
-#include "ends.cuh"
 #include "kernel.cuh"
+#include "prepare.cuh"
 
 namespace flashmla::sm90::dense_prefill_backward {
+
+template <class T, int kDimQk, bool kDeterministic>
+void run(const KernelParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
+         const CUtensorMap& v_map, const CUtensorMap& d_out_map, unsigned grid,
+         cudaStream_t stream) {
+  constexpr int kShared = sizeof(SharedStorage<T, kDimQk>);
+  allow_shared_memory<backward_kernel<T, kDimQk, kDeterministic>>(kShared);
+  backward_kernel<T, kDimQk, kDeterministic>
+      <<<grid, kThreads, kShared, stream>>>(p, q_map, k_map, v_map, d_out_map);
+  FLASHMLA_CUDA_CHECK(cudaGetLastError());
+}
 
 template <class T, int kDimQk>
 void launch(const DensePrefillBackwardArgs& a, cudaStream_t stream) {
@@ -24,35 +36,28 @@ void launch(const DensePrefillBackwardArgs& a, cudaStream_t stream) {
                        h_kv,
                        h_q / h_kv,
                        f.causal,
-                       a.deterministic,
                        f.softmax_scale,
                        f.softmax_scale * 1.4426950408889634f,
                        a.tiles,
                        a.lse2,
                        a.delta,
                        a.dq_sums,
-                       a.turns,
+                       a.counters,
+                       a.dq,
                        a.dk,
                        a.dv};
   dense_prefill::launch_work_plan(sequences, kBlockKeys, p.plan, stream);
 
-  const auto ends_grid = static_cast<unsigned>(a.tiles) * h_q;
-  prepare_kernel<T, kDimQk><<<ends_grid, kEndThreads, 0, stream>>>(
+  const auto prepare_grid = static_cast<unsigned>(a.tiles) * h_q;
+  prepare_kernel<T, kDimQk><<<prepare_grid, kPrepareThreads, 0, stream>>>(
       sequences, static_cast<const T*>(a.d_out.data), a.d_out.stride_token, a.d_out.stride_head,
-      static_cast<const T*>(f.out), f.lse, a.d_lse, h_q, a.lse2, a.delta, a.dq_sums, a.turns);
+      static_cast<const T*>(f.out), f.lse, a.d_lse, h_q, a.lse2, a.delta, a.dq_sums, a.counters,
+      static_cast<T*>(a.dq));
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
 
-  constexpr int kShared = sizeof(SharedStorage<T, kDimQk>);
-  const auto kernel = &backward_kernel<T, kDimQk>;
-  FLASHMLA_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   const auto grid = static_cast<unsigned>(dense_prefill::most_blocks(sequences, kBlockKeys) * h_kv);
-  kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map, v_map, d_out_map);
-  FLASHMLA_CUDA_CHECK(cudaGetLastError());
-
-  finish_kernel<T, kDimQk><<<ends_grid, kEndThreads, 0, stream>>>(
-      sequences, a.dq_sums, f.softmax_scale, h_q, static_cast<T*>(a.dq));
-  FLASHMLA_CUDA_CHECK(cudaGetLastError());
+  const auto run_kernel = a.deterministic ? &run<T, kDimQk, true> : &run<T, kDimQk, false>;
+  run_kernel(p, q_map, k_map, v_map, d_out_map, grid, stream);
 }
 
 }  // namespace flashmla::sm90::dense_prefill_backward

@@ -1,6 +1,6 @@
-// What happens before and after the main kernel, a block of threads for each tile of queries and
-// head: delta and the LSE in base 2, laid out as the main kernel reads them, and sums set to zero;
-// then dQ out of those sums.
+// What happens before the main kernel, a block of threads for each tile of queries and head: delta
+// and the LSE in base 2, laid out as the main kernel reads them, sums and counters set to zero; and
+// dQ where there are no keys, so that no block of them will ever come by.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -9,12 +9,13 @@
 
 namespace flashmla::sm90::dense_prefill_backward {
 
-constexpr int kEndThreads = 256;
+constexpr int kPrepareThreads = 256;
 
 // The queries that tile number `tile` of all holds.
 struct Tile {
   int first_query;  // in the packed tensor
   int queries;      // 0 to 64
+  bool keyless;     // their sequence has no keys
 
   __device__ __forceinline__ Tile(const Sequences& sequences, int tile) {
     // Sequences begin at ever later tiles: the last one that begins here or before.
@@ -30,6 +31,7 @@ struct Tile {
     const int before = (tile - base(low)) * kQueries;
     first_query = span.first + before;
     queries = max(0, min(kQueries, span.length - before));
+    keyless = low == sequences.batch || sequences.rows_of(low).length == 0;
   }
 
   // Queries are columns of the main kernel's plan; those that the prefix sums leave over count
@@ -43,27 +45,36 @@ struct Tile {
 
 // d_out [total_q, h_q, 128] by strides; out [total_q, h_q, 128]; lse, d_lse [total_q, h_q]
 template <class T, int kDimQk>
-__global__ void __launch_bounds__(kEndThreads)
+__global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(const Sequences sequences, const T* d_out, int64_t stride_token,
                    int64_t stride_head, const T* out, const float* lse, const float* d_lse, int h_q,
-                   float* lse2, float* delta, float* dq_sums, int* turns) {
+                   float* lse2, float* delta, float* dq_sums, int* counters, T* dq) {
   const int head = blockIdx.x % h_q, tile_number = blockIdx.x / h_q;
   const int tiles = gridDim.x / h_q;
   const Tile tile(sequences, tile_number);
   const int64_t at = static_cast<int64_t>(head) * tiles + tile_number;
 
+  if (tile.keyless) {
+    constexpr int kLines = kDimQk / 8;  // of 16 bytes, a row
+    for (int i = threadIdx.x; i < tile.queries * kLines; i += kPrepareThreads) {
+      const int64_t query = tile.first_query + i / kLines;
+      auto* to = reinterpret_cast<uint4*>(dq + (query * h_q + head) * kDimQk);
+      to[i % kLines] = make_uint4(0, 0, 0, 0);
+    }
+    return;
+  }
   auto* sums = reinterpret_cast<float4*>(dq_sums + at * kQueries * kDimQk);
-  for (int i = threadIdx.x; i < kQueries * kDimQk / 4; i += kEndThreads) {
+  for (int i = threadIdx.x; i < kQueries * kDimQk / 4; i += kPrepareThreads) {
     sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   }
-  if (threadIdx.x < kPiecesQk<kDimQk>) turns[at * kPiecesQk<kDimQk> + threadIdx.x] = 0;
+  if (threadIdx.x < kCounters) counters[at * kCounters + threadIdx.x] = 0;
 
   // Half a warp a row, eight columns a thread.
   constexpr int kLanes = kDimV / 8;
   using Eight = cutlass::Array<T, 8>;
   cutlass::NumericArrayConverter<float, T, 8> widen;
   const int lane = threadIdx.x % kLanes;
-  for (int r = threadIdx.x / kLanes; r < kQueries; r += kEndThreads / kLanes) {
+  for (int r = threadIdx.x / kLanes; r < kQueries; r += kPrepareThreads / kLanes) {
     const bool exists = r < tile.queries;
     const int64_t query = tile.first_query + r;
     float sum = 0.f;
@@ -85,42 +96,6 @@ __global__ void __launch_bounds__(kEndThreads)
       // A query with nothing to attend to has LSE +inf, and so probabilities 0.
       lse2[at * kQueries + r] = exists ? lse[from] * 1.4426950408889634f : INFINITY;
       delta[at * kQueries + r] = exists ? sum : 0.f;
-    }
-  }
-}
-
-// dq [total_q, h_q, d_qk]. A thread gathers one group of eight columns of two rows, which four
-// threads of the main kernel hold, 16 bytes each.
-template <class T, int kDimQk>
-__global__ void __launch_bounds__(kEndThreads)
-    finish_kernel(const Sequences sequences, const float* dq_sums, float scale, int h_q, T* dq) {
-  const int head = blockIdx.x % h_q, tile_number = blockIdx.x / h_q;
-  const int tiles = gridDim.x / h_q;
-  const Tile tile(sequences, tile_number);
-  if (tile.queries == 0) return;
-  const int64_t at = static_cast<int64_t>(head) * tiles + tile_number;
-  const auto* sums = reinterpret_cast<const float4*>(dq_sums + at * kQueries * kDimQk);
-  constexpr int kGroups = kDimQk / 8;
-  cutlass::NumericArrayConverter<T, float, 8> narrow;
-  for (int i = threadIdx.x; i < kGroups * kQueries / 2; i += kEndThreads) {
-    const int group = i % kGroups, pair = i / kGroups;  // of rows
-    // [piece][8 groups][128 threads] of float4: thread / 32 is the warp of 16 rows
-    const float4* from = sums + group * 128 + pair * 4;
-    cutlass::Array<float, 8> upper, lower;
-    CUTE_UNROLL
-    for (int t = 0; t < 4; ++t) {
-      const float4 x = from[t];
-      upper[2 * t] = x.x * scale;
-      upper[2 * t + 1] = x.y * scale;
-      lower[2 * t] = x.z * scale;
-      lower[2 * t + 1] = x.w * scale;
-    }
-    const int row = pair / 8 * 16 + pair % 8;
-    T* to = dq + ((static_cast<int64_t>(tile.first_query) + row) * h_q + head) * kDimQk + group * 8;
-    using Eight = cutlass::Array<T, 8>;
-    if (row < tile.queries) *reinterpret_cast<Eight*>(to) = narrow(upper);
-    if (row + 8 < tile.queries) {
-      *reinterpret_cast<Eight*>(to + int64_t{8} * h_q * kDimQk) = narrow(lower);
     }
   }
 }
