@@ -278,13 +278,18 @@ def test_prefill_counts_operations_and_bytes():
         assert sum("cudnn" in name for name in mha.peers(torch.device("cuda"), op)) == count
 
 
+def plant_flash_attention_3(monkeypatch: pytest.MonkeyPatch, path: Path, source: str) -> None:
+    """A module of one of its names, and none of the other."""
+    path.write_text(source)
+    monkeypatch.syspath_prepend(str(path.parent))
+    for name in mha.FLASH_ATTENTION_3:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 @pytest.mark.parametrize("spread", [0, 90])
 @pytest.mark.parametrize("name", mha.FLASH_ATTENTION_3)
 def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch, tmp_path, name, spread):
-    (tmp_path / f"{name}.py").write_text(FLASH_ATTENTION_3)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for other in mha.FLASH_ATTENTION_3:
-        monkeypatch.delitem(sys.modules, other, raising=False)
+    plant_flash_attention_3(monkeypatch, tmp_path / f"{name}.py", FLASH_ATTENTION_3)
     make = mha.peers(torch.device("cuda"), "mha_forward")["peer:flash-attention-3"]
     assert "peer:flash-attention-3" not in mha.peers(torch.device("cuda"), "mha_backward")
     problem = problems.MAKERS["mha_forward"](replace(PREFILL[0], spread=spread), CPU)
@@ -298,8 +303,8 @@ def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch, tmp_path, na
 
 
 def test_flash_attention_3_that_does_not_load_is_left_out(monkeypatch, tmp_path: Path):
-    (tmp_path / "flash_attn_interface.py").write_text("raise OSError('libcudart.so.99 is missing')")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    source = "raise OSError('libcudart.so.99 is missing')"
+    plant_flash_attention_3(monkeypatch, tmp_path / "flash_attn_interface.py", source)
     with pytest.warns(UserWarning, match="does not load: libcudart.so.99 is missing"):
         assert len(mha.peers(torch.device("cuda"), "mha_forward")) == 1
 
