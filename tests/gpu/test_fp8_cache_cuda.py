@@ -6,10 +6,12 @@ import fp8_bodies as bodies
 import numpy as np
 import pytest
 import torch
+from cases import to_numpy
 
 import flashmla
 from flashmla import backend, fp8
-from flashmla.lab.check import compare
+from flashmla.lab.check import assert_lse_close, assert_out_close, compare
+from flashmla.reference import dsa
 from flashmla.reference import fp8 as reference
 
 pytestmark = pytest.mark.gpu
@@ -243,3 +245,28 @@ def test_values_on_the_card_are_checked_when_asked_for(monkeypatch):
         flashmla.flash_mla_with_kvcache(
             q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=indices
         )
+
+
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_two_oracles_of_what_was_appended(h_q: int) -> None:
+    """Written and read on the card: to the bytes it owes the usual bounds, to the tokens that were
+    there before them no more than half a step of a code."""
+    g = torch.Generator().manual_seed(h_q)
+    x = (torch.randn(600, 576, generator=g) * 0.1).bfloat16()
+    slots = torch.randperm(12 * 64, generator=g)[:600]
+    cache = torch.full((12, 64, 1, 656), 255, dtype=torch.uint8, device=DEVICE)
+    fp8.append(cache, slots.to(DEVICE), x.to(DEVICE))
+    q = (torch.randn(2, 2, h_q, 576, generator=g) * 10).bfloat16()
+    indices = slots[torch.randint(600, (2, 2, 333), generator=g)].int()
+    out, lse = flashmla.flash_mla_with_kvcache(
+        q.to(DEVICE), cache, None, None, 512, None, is_fp8_kvcache=True, indices=indices.to(DEVICE)
+    )
+    given = to_numpy(q), to_numpy(indices)
+    tight, tight_lse = dsa.sparse_decode(given[0], to_numpy(cache), given[1], 512)
+    assert_out_close(out, tight)
+    assert_lse_close(lse, tight_lse)
+    tokens = np.zeros((12 * 64, 1, 576))
+    tokens[slots.numpy(), 0] = x.double().numpy()
+    loose, _ = dsa.sparse_decode(given[0], tokens.reshape(12, 64, 1, 576), given[1], 512)
+    error = np.linalg.norm(out.double().cpu().numpy() - loose) / np.linalg.norm(loose)
+    assert 2**-8 < error < 2**-4  # it is FP8, after all
