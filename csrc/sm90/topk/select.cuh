@@ -1,22 +1,22 @@
-// The k-th largest of a set of keys by a block: radix selection, ten bits a pass.
+// The k-th largest of a set of keys by a block: radix selection, some bits a pass.
 #pragma once
 
 #include <cstdint>
 
 namespace flashmla::sm90::topk {
 
-constexpr int kDigitBits = 10;
-constexpr int kBins = 1 << kDigitBits;
-
+// What the block works with; digits of more bits need fewer passes and more room.
+template <int DigitBits>
 struct Scratch {
-  union {
+  static constexpr int kDigitBits = DigitBits;
+  static constexpr int kBins = 1 << kDigitBits;
+  union alignas(16) {
     unsigned histogram[kBins];
     uint64_t list[kBins / 2];  // of keys that are left, once no histogram is needed any more
   };
   int warp_sums[32];
   int bin, above, inside;  // where the search goes on
-  int candidates;          // of this CTA
-  int counts[8];           // the candidates of each CTA of the cluster
+  int candidates;
   int listed;
   unsigned largest;
 };
@@ -50,29 +50,51 @@ struct Place {
 
 // Finds it and clears the histogram; false if there are fewer than k. All of the block calls it,
 // behind a barrier.
-template <int kThreads>
-__device__ __forceinline__ bool find_bin(int k, Scratch& scratch, Place& place) {
+template <int kThreads, class S>
+__device__ __forceinline__ bool find_bin(int k, S& scratch, Place& place) {
+  constexpr int kBins = S::kBins;
   constexpr int kOwn = kBins / kThreads;
   // Thread 0 owns the highest bins.
   const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
   int own[kOwn];
   int sum = 0;
+  if constexpr (kOwn % 4 == 0) {  // as vectors, whose banks do not conflict
+    auto* bins = reinterpret_cast<uint4*>(&scratch.histogram[first]);
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    sum += own[i] = scratch.histogram[first + i];
-    scratch.histogram[first + i] = 0;
-  }
-  int total;
-  int above = block_exclusive_sum(sum, scratch.warp_sums, total);
-  if (total < k) return false;
-#pragma unroll
-  for (int i = kOwn - 1; i >= 0; --i) {
-    if (above < k && above + own[i] >= k) {
-      scratch.bin = first + i;
-      scratch.above = above;
-      scratch.inside = own[i];
+    for (int i = 0; i < kOwn / 4; ++i) {
+      const uint4 four = bins[i];
+      own[4 * i] = four.x, own[4 * i + 1] = four.y, own[4 * i + 2] = four.z,
+              own[4 * i + 3] = four.w;
+      bins[i] = make_uint4(0, 0, 0, 0);
     }
-    above += own[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      own[i] = scratch.histogram[first + i];
+      scratch.histogram[first + i] = 0;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) sum += own[i];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int mine = __reduce_add_sync(~0u, sum);
+  if (lane == 0) scratch.warp_sums[warp] = mine;
+  __syncthreads();
+  const int theirs = lane < kThreads / 32 ? scratch.warp_sums[lane] : 0;
+  if (__reduce_add_sync(~0u, theirs) < k) return false;
+  const int before = __reduce_add_sync(~0u, lane < warp ? theirs : 0);
+  if (before < k && before + mine >= k) {  // in this warp's bins
+    int above = before + warp_inclusive_sum(sum) - sum;
+#pragma unroll
+    for (int i = kOwn - 1; i >= 0; --i) {
+      if (above < k && above + own[i] >= k) {
+        scratch.bin = first + i;
+        scratch.above = above;
+        scratch.inside = own[i];
+      }
+      above += own[i];
+    }
   }
   __syncthreads();
   place = {scratch.bin, scratch.above, scratch.inside};
@@ -83,9 +105,9 @@ __device__ __forceinline__ bool find_bin(int k, Scratch& scratch, Place& place) 
 // `each` calls its argument with every key of this thread's share; keys are below 2^top. If fewer
 // than k keys exist, 0. All of the block calls it, with a histogram of zeros, and leaves it so; a
 // barrier must have passed since anybody used the scratch.
-template <class Key, int kThreads, class ForEach>
-__device__ __forceinline__ Key kth_largest(ForEach each, int k, int top, int stop,
-                                           Scratch& scratch) {
+template <class Key, int kThreads, class ForEach, class S>
+__device__ __forceinline__ Key kth_largest(ForEach each, int k, int top, int stop, S& scratch) {
+  constexpr int kDigitBits = S::kDigitBits;
   Key prefix = 0;
   while (true) {
     const int low = top - kDigitBits > stop ? top - kDigitBits : stop;
