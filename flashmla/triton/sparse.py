@@ -301,14 +301,17 @@ def sparse_prefill(
     d_v: int,
     attn_sink: torch.Tensor | None,
     topk_length: torch.Tensor | None,
+    lse_base_2: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of each query with the rows of kv [s_kv, 1, d_qk] that its indices name."""
+    """Attention of each query with the rows of kv [s_kv, 1, d_qk] that its indices name; the LSE
+    natural, or to base 2."""
     limits = None if topk_length is None else topk_length.contiguous()
     # Every query a request of its own, every row a page.
     out, lse, max_logits = _attend(
         q.unsqueeze(1), kv.unsqueeze(1), indices[:, 0], limits, sm_scale, attn_sink, want_max=True
     )
-    return out[:, 0], max_logits[..., 0], lse[..., 0]
+    lse = lse[..., 0] * LOG2_E.value if lse_base_2 else lse[..., 0]
+    return out[:, 0], max_logits[..., 0], lse
 
 
 def supports_sparse_prefill(q: torch.Tensor, kv: torch.Tensor, *_: object) -> str:
