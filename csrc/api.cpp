@@ -74,21 +74,10 @@ bool pack_rows(const TensorView& q, sm90::DenseDecodeArgs& a) {
   return tma_stride(b * h_kv, a.q_stride_batch) && tma_stride(a.shape.rows(), a.q_stride_row);
 }
 
-// What the kernel does not take about such a call; null if it takes it.
-const char* refused(int64_t page_block_size, int64_t d_qk, bool sink, bool chunked) {
-  const auto& takes = sm90::dense_decode_takes;
-  const bool known = page_block_size >= 16 && page_block_size <= 256 &&
-                     (page_block_size & (page_block_size - 1)) == 0;
-  if (page_block_size != 64 && !(takes.any_page && known)) return "the page size";
-  if (d_qk != 576 && !(takes.no_rope && d_qk == 512)) return "the head size";
-  if (sink && !takes.sink) return "attn_sink";
-  if (chunked && !takes.chunks) return "a batch-invariant plan";
-  return nullptr;
-}
-
-String dense_decode_refuses(int64_t page_block_size, int64_t d_qk, bool sink, bool chunked) {
-  const char* what = refused(page_block_size, d_qk, sink, chunked);
-  return what ? what : "";
+// Powers of two that a tile of 64 tokens divides or that divide it.
+bool takes_page(int64_t page_block_size) {
+  return page_block_size >= 16 && page_block_size <= 256 &&
+         (page_block_size & (page_block_size - 1)) == 0;
 }
 
 // Dense decode, the tensors' checks included: false, and nothing launched, if the kernel cannot
@@ -150,7 +139,7 @@ bool dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
     return false;
   }
 
-  if (refused(page, a.d_qk, attn_sink.has_value(), chunked)) return false;
+  if (!takes_page(page) || (a.d_qk != 576 && a.d_qk != 512)) return false;
 
   a.is_bf16 = is_bf16(q);
   a.causal = causal;
@@ -218,7 +207,6 @@ void merge_state(TensorView out_a, TensorView lse_a, TensorView out_b, TensorVie
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(get_metadata, get_metadata);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dense_decode, dense_decode);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(dense_decode_refuses, dense_decode_refuses);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(merge_state, merge_state);
 
 }  // namespace flashmla

@@ -62,14 +62,6 @@ struct DenseDecodeArgs {
   Partials partials;
 };
 
-// What the kernel takes beyond pages of 64, d_qk 576, no sink and plans without chunks. Where it
-// says no, Python never asks it, and Triton serves.
-constexpr struct {
-  bool any_page = true;  // page_block_size 16, 32, 128 and 256
-  bool no_rope = true;   // d_qk 512
-  bool sink = true;
-  bool chunks = true;  // batch-invariant plans; the combine kernel has to take them as well
-} dense_decode_takes;
 void launch_dense_decode(const DenseDecodeArgs& args, cudaStream_t stream);
 
 // Merges the partial results of every request that was split, and touches no other.

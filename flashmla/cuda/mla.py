@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from flashmla.cuda.library import load
-from flashmla.schedule import CHUNK, METADATA_COLUMNS
+from flashmla.schedule import CHUNK
 
-__all__ = ["dense_decode", "quick_dense_decode"]
+__all__ = ["PAGE_SIZES", "dense_decode", "quick_dense_decode"]
 
 HEAD_DIM_V = 512
+PAGE_SIZES = (16, 32, 64, 128, 256)
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-125, 2.0**125
 ALIGNMENT = 8
 """What the copy engine wants of addresses and strides, in 16-bit elements (16 bytes)."""
@@ -121,7 +122,6 @@ def supports_dense_decode(
     """None if the kernel takes these arguments, else why not."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q is {q.dtype}; the kernel takes bfloat16 and float16"
-    page, d_qk = k_cache.shape[1], q.shape[-1]
     if head_dim_v != HEAD_DIM_V:
         return f"head_dim_v is {head_dim_v}; the kernel takes {HEAD_DIM_V}"
     if not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
@@ -130,9 +130,6 @@ def supports_dense_decode(
         return "k_cache has no pages"
     if k_cache.data_ptr() % 16 or _bad_strides(k_cache):
         return "k_cache's address or strides are no positive multiples of 16 bytes"
-    refused = load().dense_decode_refuses(
-        page, d_qk, attn_sink is not None, tile_scheduler_metadata.shape[1] > METADATA_COLUMNS
-    )
-    if refused:
-        return f"the kernel does not take {refused} (page size {page}, head sizes {d_qk}/512)"
+    if k_cache.shape[1] not in PAGE_SIZES:
+        return f"pages of {k_cache.shape[1]} tokens; the kernel takes {PAGE_SIZES}"
     return None

@@ -7,7 +7,7 @@ from cases import DecodeCase, DecodeInputs
 
 import flashmla
 from flashmla import backend
-from flashmla.cuda import library
+from flashmla.cuda.mla import PAGE_SIZES
 
 DEVICE = "cuda"
 
@@ -22,17 +22,15 @@ def plan_for(
     )
 
 
-def tier_of(case: DecodeCase, batch_invariant: bool = False) -> str:
-    """CUDA, but for what its kernel says it does not take: that Triton has to serve."""
-    kernels = library.load()
-    refused = kernels.dense_decode_refuses(case.page, case.d_qk, case.sink, batch_invariant)
-    return "triton" if refused else "cuda"
+def tier_of(case: DecodeCase) -> str:
+    """CUDA, but for pages that its kernel does not take: those Triton has to serve."""
+    return "cuda" if case.page in PAGE_SIZES else "triton"
 
 
 def decode(inputs: DecodeInputs, plan=None, batch_invariant: bool = False):
     """The public call, served by the tier that has to serve it or not at all."""
     tile_scheduler_metadata, num_splits = plan or plan_for(inputs, batch_invariant)
-    with backend.use_backend(tier_of(inputs.case, batch_invariant)):
+    with backend.use_backend(tier_of(inputs.case)):
         return flashmla.flash_mla_with_kvcache(
             inputs.q,
             inputs.k_cache,

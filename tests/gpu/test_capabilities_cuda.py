@@ -238,7 +238,7 @@ def test_an_object_makes_a_batch_invariant_plan() -> None:
     plan, none = flashmla.get_mla_metadata(batch_invariant=True)
     want_out, want_lse = decode(inputs, batch_invariant=True)
     for _ in range(3):
-        with backend.use_backend(tier_of(inputs.case, True)):
+        with backend.use_backend(tier_of(inputs.case)):
             out, lse = flashmla.flash_mla_with_kvcache(
                 inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, plan, none
             )
