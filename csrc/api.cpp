@@ -178,8 +178,9 @@ bool dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
   }
 
   const DeviceGuard guard(device);
+  a.meeting = splits && !chunked ? sm90::dense_decode_meeting(a.shape, guard.stream()) : nullptr;
   sm90::launch_dense_decode(a, guard.stream());
-  if (splits) {
+  if (splits && a.meeting == nullptr) {
     sm90::launch_combine({a.shape, a.is_bf16, a.partials, a.plan, a.plan_stride, a.num_splits,
                           a.attn_sink, a.out, a.lse},
                          guard.stream());

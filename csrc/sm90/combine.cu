@@ -1,5 +1,7 @@
 // Merges the partial results of the requests that the plan split, weighting each by its share of
-// the softmax denominator. Requests computed in one piece were written by the decode kernel.
+// the softmax denominator. Requests computed in one piece were written by the decode kernel, which
+// also merges by itself (dense_decode/merge.cuh) unless the plan is batch-invariant or there are
+// more blocks than run at the same time.
 //
 // In a batch-invariant plan the order of the sums follows from the number of partial results alone:
 // up to kMostAlone one group adds them in their order, of more the k-th falls to group k % 4.
@@ -12,6 +14,7 @@
 #include "../common/cuda_check.h"
 #include "launch.h"
 #include "schedule.h"
+#include "split_requests.cuh"
 
 namespace flashmla::sm90 {
 namespace {
@@ -22,28 +25,6 @@ constexpr int kGroups = 4;         // groups of so many threads in a block
 constexpr int kThreads = kLanes * kGroups;
 constexpr int kBlocks = 528;   // four a SM of an H100, which fills it
 constexpr int kMostAlone = 8;  // partial results with chunks that one group adds up
-
-// What was split, as the plan has it: each such request shows there exactly once as the part that
-// does its second split. In the order of the plan, so that all blocks number the rows alike.
-struct SplitRequests {
-  int request[kMaxParts];
-  int count;
-
-  // By one warp.
-  __device__ void collect(const PlanRow* __restrict__ plan, int parts, int batch) {
-    int found = 0;
-    for (int first = 0; first < parts; first += 32) {
-      const int p = first + threadIdx.x;
-      const PlanRow row = p < parts ? plan[p] : PlanRow{};
-      const bool split =
-          row.begin_split == 1 && row.begin_request >= 0 && row.begin_request < batch;
-      const unsigned mask = __ballot_sync(0xffffffffu, split);
-      if (split) request[found + __popc(mask & ((1u << threadIdx.x) - 1))] = row.begin_request;
-      found += __popc(mask);
-    }
-    if (threadIdx.x == 0) count = found;
-  }
-};
 
 // A weighted sum of partial rows: this thread's four columns, and the sum of the weights.
 struct Weighted {

@@ -60,9 +60,16 @@ struct DenseDecodeArgs {
   void* out;                 // [batch, s_q, h_q, 512]
   float* lse;                // [batch, h_q, s_q]
   Partials partials;
+  unsigned* meeting;  // dense_decode_meeting(): the kernel merges what was split by itself; or null
 };
-
+// Where all CTAs of a call on this stream of the current device can meet; null if they cannot,
+// because they do not all run at the same time or no place is left.
+unsigned* dense_decode_meeting(const DecodeShape& shape, cudaStream_t stream);
 void launch_dense_decode(const DenseDecodeArgs& args, cudaStream_t stream);
+
+// A counter at which the blocks of a grid can meet, one grid after the other; null if there is none
+// left.
+unsigned* grid_counter(cudaStream_t stream);
 
 // Merges the partial results of every request that was split, and touches no other.
 struct CombineArgs {

@@ -6,10 +6,11 @@
 #include "../../common/mma.cuh"
 #include "../launch.h"
 #include "../schedule.h"
+#include "instances.h"
 
 namespace flashmla::sm90::dense_decode {
 
-constexpr int kRows = 64;          // query rows (s, h) a CTA: one wgmma tile
+constexpr int kRows = kRowsACta;   // query rows (s, h) a CTA: one wgmma tile
 constexpr int kTokens = 64;        // KV tokens a tile
 constexpr int kDimQk = 576;        // 512 latent (NoPE) + 64 RoPE, which may be missing: then zeros
 constexpr int kDimV = 512;         // the latent is also the value
@@ -105,6 +106,7 @@ struct KernelParams {
   void* out;
   float* lse;
   Partials partials;
+  unsigned* meeting;  // of all CTAs, to merge what was split; null: another kernel does
 };
 
 // Keys that a query row s of this request may see: all of them, or, causal, those up to itself,

@@ -5,6 +5,8 @@
 
 namespace flashmla::sm90::dense_decode {
 
+constexpr int kRowsACta = 64;
+
 void launch_bf16(const DenseDecodeArgs& args, cudaStream_t stream);
 void launch_fp16(const DenseDecodeArgs& args, cudaStream_t stream);
 

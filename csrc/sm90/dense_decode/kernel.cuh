@@ -14,6 +14,7 @@
 
 #include "config.cuh"
 #include "epilogue.cuh"
+#include "merge.cuh"
 #include "producer.cuh"
 #include "softmax.cuh"
 
@@ -333,6 +334,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>&
   Consumer<T, kMine> consumer{p, shared};
   WorkList list(p);
   for (WorkItem work; list.next(work);) consumer.run_item(work);
+  if (p.meeting != nullptr) merge_splits<T>(p, shared.half);
 }
 
 template <class T>

@@ -52,13 +52,23 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
   p.out = a.out;
   p.lse = a.lse;
   p.partials = a.partials;
+  p.meeting = a.meeting;
 
   constexpr int kShared = sizeof(SharedStorage<T>);
   const auto kernel = &dense_decode_kernel<T>;
   allow_shared_memory<&dense_decode_kernel<T>>(kShared);
   const dim3 grid(row_tiles, shape.h_kv, shape.parts);
-  kernel<<<grid, kThreads, kShared, stream>>>(p, q_map, k_map);
-  FLASHMLA_CUDA_CHECK(cudaGetLastError());
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = p.meeting != nullptr ? 1 : 0;
+  FLASHMLA_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p, q_map, k_map));
 }
 
 }  // namespace flashmla::sm90::dense_decode
