@@ -8,8 +8,9 @@ to the request's start. So a part holds a range of (request, tile) pairs, and a 
 split over several parts, whose partial results are merged by their log-sum-exp.
 
 Splitting has a price: partial results are written in float32 and read again. Where moving every
-cut to the nearest start of a request leaves the longest part at most SLACK places longer than the
-equal share, the plan does that instead, and no request is split.
+cut to the nearest start of a request leaves the longest part not much longer than the equal share
+(SLACK places, or up to MOST_SLACK where a share is long), the plan does that instead, and no
+request is split. And parts with too little to do are not made at all: see :func:`active_parts`.
 
 Tiles have 64 tokens whatever the page size of the cache.
 
@@ -31,11 +32,15 @@ import numpy.typing as npt
 __all__ = [
     "CHUNK",
     "CPU_NUM_SMS",
+    "FEW",
+    "FULL",
     "MAX_PARTS",
     "METADATA_COLUMNS",
+    "MOST_SLACK",
     "OVERHEAD",
     "SLACK",
     "TILE",
+    "active_parts",
     "max_slots",
     "metadata_columns",
     "num_parts",
@@ -50,6 +55,15 @@ OVERHEAD = 5
 
 SLACK = 2 * OVERHEAD
 """How much longer than the equal share a part may be, in tiles, for requests to stay whole."""
+
+MOST_SLACK = 24
+"""What that grows to, for shares of more than twice SLACK: half the share, up to this."""
+
+FULL = 6
+"""Places that are worth a part of its own, however many parts there are."""
+
+FEW = 32
+"""Parts that get work whether they are full or not."""
 
 CPU_NUM_SMS = 132
 """Streaming multiprocessors assumed for CPU tensors: an H100's, so that plans look the same."""
@@ -106,6 +120,24 @@ def max_slots(metadata_shape: Sequence[int], batch: int, max_tokens: int) -> int
     return batch * max(1, -(-max_tokens // (TILE * CHUNK)))
 
 
+def active_parts(total: int, parts: int, batch: int) -> int:
+    """Parts that get anything: not all, where the last ones would cost more than they save.
+
+    Args:
+        total: places on the line.
+        parts: parts to be had.
+        batch: requests.
+
+    Returns:
+        As many as have FULL places each, or FEW if those are more; then, if that idles no more
+        than an eighth of these, the next multiple of the batch size below: requests of the same
+        length are then cut alike.
+    """
+    active = min(parts, max(total // FULL, min(total, FEW)))
+    over = active % batch
+    return active - over if over < active and over * 8 <= active else active
+
+
 def plan(
     cache_seqlens: Sequence[int] | npt.NDArray[np.integer],
     parts: int,
@@ -148,7 +180,9 @@ def plan(
     ends = np.cumsum(OVERHEAD * chunks + tiles)
     starts = np.concatenate([[0], ends])  # C_0 .. C_b
     total = int(ends[-1])
-    active = min(parts, total)
+    active = total if total < parts else parts
+    if not batch_invariant:
+        active = active_parts(total, parts, len(seqlens))
 
     # Where each part begins, and where the last one ends: request and tile of parts + 1 cuts.
     part = np.arange(parts + 1, dtype=np.int64)
@@ -159,7 +193,9 @@ def plan(
         before = before + (position - before) // (OVERHEAD + CHUNK) * (OVERHEAD + CHUNK)
         after = np.minimum(after, before + OVERHEAD + CHUNK)
     nearest = np.where(after - position < position - before, after, before)
-    whole = not batch_invariant and np.diff(nearest).max() <= -(-total // active) + SLACK
+    share = -(-total // active)
+    slack = min(MOST_SLACK, max(SLACK, share // 2))
+    whole = not batch_invariant and np.diff(nearest).max() <= share + slack
     if whole or batch_invariant:
         position = nearest
         request = np.searchsorted(starts, position, side="right") - 1

@@ -82,10 +82,22 @@ def test_every_tile_is_done_once_and_by_about_equal_parts(seqlens, parts):
     assert all((count == 1).all() for count in done)
     total = sum(tiles) + schedule.OVERHEAD * len(tiles)
     split = num_splits[-1] > len(seqlens)
-    spare = schedule.OVERHEAD if split else schedule.SLACK
-    assert max(work) <= -(-total // min(parts, total)) + spare
+    spare = schedule.OVERHEAD if split else schedule.MOST_SLACK
+    active = schedule.active_parts(total, parts, len(tiles))
+    assert max(work) <= -(-total // active) + spare
     empty = sum(n == 0 for n in tiles)
     assert num_splits[-1] == len(slots) + empty <= len(seqlens) + parts
+
+
+@pytest.mark.parametrize(
+    ("places", "parts", "batch", "want"),
+    [(6, 10, 1, 6), (21, 66, 1, 21), (69, 66, 1, 32), (261, 66, 1, 43), (10_000, 66, 1, 66),
+     (1104, 66, 16, 64), (2208, 66, 32, 64), (3036, 66, 44, 66), (13_800, 66, 200, 66),
+     (10_000, 9, 9, 9), (10_000, 9, 8, 8), (10_000, 10, 8, 10)],
+)  # fmt: skip
+def test_active_parts(places, parts, batch, want):
+    """Up to 32, then those with six places; a multiple of the batch if an eighth idles at most."""
+    assert schedule.active_parts(places, parts, batch) == want
 
 
 def test_no_overflow_of_32_bits():
@@ -123,6 +135,14 @@ def test_one_request_by_hand():
     rows = [[0, 0, 0, 1, 0], [0, 1, 0, 7, 1], [0, 7, 0, 13, 2], [0, 13, 1, 0, 3]]
     assert metadata[:, :5].tolist() == rows
     assert num_splits.tolist() == [0, 4]
+
+
+def test_long_shares_leave_more_slack():
+    # 44 requests of 69 places on 66 parts: whole ones exceed the share of 46 by 23, half of it.
+    assert (np.diff(schedule.plan([4096] * 44, 66)[1]) == 1).all()
+    assert (np.diff(schedule.plan([4096] * 43, 66)[1]) > 1).any()  # a share of 45
+    # Twice as long, they would exceed 90 by more than 24.
+    assert (np.diff(schedule.plan([8192] * 44, 66)[1]) > 1).any()
 
 
 def test_a_request_stays_whole_by_hand():

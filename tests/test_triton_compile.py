@@ -23,7 +23,9 @@ SPARSE = {
 }  # fmt: skip
 PACK = {"POWER_OF_TWO": False, "TOKENS": 4}
 PLAN = {"OVERHEAD": schedule.OVERHEAD, "CHUNK": 0}
-PLAN_PARTS = PLAN | {"SLACK": schedule.SLACK, "SEARCH_STEPS": 8, "BLOCK": 128}
+PLAN_ACTIVE = PLAN | {"FEW": schedule.FEW, "FULL": schedule.FULL}
+PLAN_SLACK = {"SLACK": schedule.SLACK, "MOST_SLACK": schedule.MOST_SLACK}
+PLAN_PARTS = PLAN_ACTIVE | PLAN_SLACK | {"SEARCH_STEPS": 8, "BLOCK": 128}
 
 KERNELS = [
     Kernel("decode_128_rows", "mla", "dense_decode_kernel", DECODE, rows=128),
@@ -32,7 +34,7 @@ KERNELS = [
     Kernel("prefill_128", "mha", "forward_kernel", PREFILL | {"D_REST": 0, "CAUSAL": False}),
     Kernel("plan_starts", "split_kv", "plan_starts_kernel", PLAN | {"TILE": 64, "BLOCK": 1024}),
     Kernel("plan_parts", "split_kv", "plan_parts_kernel", PLAN_PARTS),
-    Kernel("plan_splits", "split_kv", "plan_splits_kernel", PLAN | {"BLOCK": 1024}),
+    Kernel("plan_splits", "split_kv", "plan_splits_kernel", PLAN_ACTIVE | {"BLOCK": 1024}),
     Kernel("plan_parts_chunks", "split_kv", "plan_parts_kernel", PLAN_PARTS | {"CHUNK": 16}),
     Kernel("combine", "split_kv", "combine_kernel", {"D": 512, "HAS_SINK": True}),
     Kernel("merge_state", "split_kv", "merge_state_kernel", {"D": 512, "ROWS": 4}),

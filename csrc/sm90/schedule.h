@@ -9,6 +9,9 @@ namespace flashmla::sm90 {
 constexpr int kTileTokens = 64;    // the plan counts tiles of 64 tokens whatever the page size
 constexpr int kStartOverhead = 5;  // what starting a request is worth, in tiles
 constexpr int kSlack = 10;       // how much a part may exceed its share for requests to stay whole
+constexpr int kMostSlack = 24;   // what that grows to for long shares: half the share, up to this
+constexpr int kFull = 6;         // places that are worth a part of its own, however many parts
+constexpr int kFew = 32;         // parts that get work whether they are full or not
 constexpr int kMaxParts = 1024;  // more than any card has SMs
 constexpr int kPlanColumns = 8;  // int32 a part in tile_scheduler_metadata; a batch-invariant plan
                                  // has twice as many, the second half zero

@@ -48,6 +48,14 @@ __device__ int places_of(int seqlen, int batch, Chunks chunks) {
   return min(kStartOverhead * starts + tiles, INT_MAX / batch);
 }
 
+// Parts that get anything, at least one.
+__device__ int active_parts(int length, int parts, int batch, Chunks chunks) {
+  if (chunks.tiles > 0) return min(parts, length);
+  const int active = min(parts, max(length / kFull, min(length, kFew)));
+  const int over = active % batch;  // requests of one length are to be cut alike
+  return over < active && over * 8 <= active ? active - over : active;
+}
+
 // region: cut
 // The line of all requests: starts[r] = C_r for r in [0, batch], starts[batch] = length.
 struct Line {
@@ -117,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  const int active = min(parts, length);
+  const int active = active_parts(length, parts, batch, chunks);
   const Line line{num_splits, batch, length, active, chunks};
   int longest = 0;
   for (int p = threadIdx.x; p < parts; p += kThreads) {
@@ -125,7 +133,10 @@ __global__ void __launch_bounds__(kThreads)
     longest = max(longest, line.nearest_start(line.position(p + 1)) - begin);
   }
   longest = Reduce(reduce_storage).Reduce(longest, [](int a, int b) { return max(a, b); });
-  if (threadIdx.x == 0) whole_shared = longest <= (length + active - 1) / active + kSlack;
+  if (threadIdx.x == 0) {
+    const int share = (length + active - 1) / active;
+    whole_shared = longest <= share + min(kMostSlack, max(kSlack, share / 2));
+  }
   __syncthreads();
   const bool chunked = chunks.tiles > 0;
   const bool whole = whole_shared && !chunked;

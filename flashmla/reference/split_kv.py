@@ -24,6 +24,9 @@ from flashmla.reference.paged_kv import gather
 TILE = 64  # tokens in a tile of work, whatever the page size
 OVERHEAD = 5  # what starting a request costs, in tiles
 SLACK = 10  # places a part may exceed the equal share by, for requests to stay whole
+MOST_SLACK = 24  # what that grows to for long shares: half the share, up to this
+FULL = 6  # places that are worth a part of its own, however many parts there are
+FEW = 32  # parts that get work whether they are full or not
 CHUNK = 16  # tiles that a batch-invariant plan never cuts, counted from a request's start
 
 
@@ -76,11 +79,19 @@ def chunks_of(seqlen, batch_invariant=True):
     return [range(first, min(tiles, first + size)) for first in range(0, max(1, tiles), size)]
 
 
+def worthwhile(places, parts, requests):
+    """How many of the parts to use: merging many small pieces takes longer than it saves."""
+    enough = [n for n in range(parts + 1) if n * FULL <= places or n <= min(places, FEW)]
+    most = max(enough)
+    alike = most // max(1, requests) * requests  # requests of one length are then cut alike
+    return alike if alike and (most - alike) * 8 <= most else most
+
+
 def cut_line(seqlens, parts, batch_invariant=False):
     """Where each part begins and ends, as parts + 1 cuts (request, tile), by walking the line.
 
     If cuts moved to the nearest start of a request make no part longer than an equal share and
-    SLACK places, they stay there, and no request is split. In a batch-invariant plan they always
+    some SLACK, they stay there, and no request is split. In a batch-invariant plan they always
     stay at the nearest start, and it is that of a chunk.
     """
     line: list[tuple[int, int]] = []
@@ -90,11 +101,14 @@ def cut_line(seqlens, parts, batch_invariant=False):
             starts.append(len(line))
             line += [(request, tiles.start)] * OVERHEAD + [(request, tile) for tile in tiles]
     active = min(parts, len(line))
+    if not batch_invariant:
+        active = worthwhile(len(line), parts, len(seqlens))
     positions = [part * len(line) // active for part in range(active)]
     positions += [len(line)] * (parts + 1 - active)
     nearest = [min([*starts, len(line)], key=lambda s: (abs(s - p), s)) for p in positions]
     longest = max(end - begin for begin, end in zip(nearest[:-1], nearest[1:], strict=True))
-    if batch_invariant or longest <= -(-len(line) // max(1, active)) + SLACK:
+    share = -(-len(line) // max(1, active))
+    if batch_invariant or longest <= share + min(MOST_SLACK, max(SLACK, share // 2)):
         positions = nearest
     return [line[p] if p < len(line) else (len(seqlens), 0) for p in positions]
 

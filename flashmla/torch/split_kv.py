@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashmla.schedule import CHUNK, OVERHEAD, SLACK, TILE, metadata_columns
+from flashmla.schedule import (
+    CHUNK,
+    FEW,
+    FULL,
+    MOST_SLACK,
+    OVERHEAD,
+    SLACK,
+    TILE,
+    metadata_columns,
+)
 
 __all__ = ["combine", "get_metadata", "merge_state"]
 
@@ -40,6 +49,10 @@ def get_metadata(
     starts = torch.nn.functional.pad(torch.cumsum(OVERHEAD * chunks + tiles, 0), (1, 0))  # C_0 ..
     total = starts[-1]
     active = total.clamp(max=parts)
+    if not batch_invariant:
+        active = torch.maximum(total // FULL, total.clamp(max=FEW)).clamp(max=parts)
+        over = active % batch
+        active = torch.where((over < active) & (over * 8 <= active), active - over, active)
 
     part = torch.arange(parts + 1, device=device)
     position = torch.where(part < active, part * total // active, total)
@@ -49,7 +62,9 @@ def get_metadata(
         before = before + (position - before) // (OVERHEAD + CHUNK) * (OVERHEAD + CHUNK)
         after = torch.minimum(after, before + OVERHEAD + CHUNK)
     nearest = torch.where(after - position < position - before, after, before)
-    whole = nearest.diff().amax() <= (total + active - 1) // active + SLACK
+    share = (total + active - 1) // active
+    slack = (share // 2).clamp(SLACK, MOST_SLACK)
+    whole = nearest.diff().amax() <= share + slack
     position = nearest if batch_invariant else torch.where(whole, nearest, position)
     request = torch.searchsorted(starts, position, right=True) - 1
     tile = (position - starts[request] - OVERHEAD).clamp(min=0)

@@ -9,11 +9,35 @@ import torch
 import triton
 import triton.language as tl
 
-from flashmla.schedule import CHUNK, OVERHEAD, SLACK, TILE, metadata_columns
+from flashmla.schedule import (
+    CHUNK,
+    FEW,
+    FULL,
+    MOST_SLACK,
+    OVERHEAD,
+    SLACK,
+    TILE,
+    metadata_columns,
+)
 from flashmla.triton.common import on_device, sink_share, working_dtype
 
 # Requests that one step of the plan's loops takes.
 PLAN_BLOCK = 1024
+
+
+# region: active_parts
+@triton.jit
+def active_parts(total, parts, b, CHUNK: tl.constexpr, FEW: tl.constexpr, FULL: tl.constexpr):
+    """How many parts get anything: see `flashmla.schedule.active_parts`; total is int64."""
+    parts = parts.to(tl.int64)
+    if CHUNK > 0:
+        return tl.minimum(parts, total)
+    active = tl.minimum(parts, tl.maximum(total // FULL, tl.minimum(total, FEW)))
+    over = active % tl.maximum(b, 1)
+    return tl.where((over < active) & (over * 8 <= active), active - over, active)
+
+
+# endregion: active_parts
 
 
 # region: last_part_at
@@ -98,20 +122,24 @@ def plan_parts_kernel(
     parts,
     OVERHEAD: tl.constexpr,
     SLACK: tl.constexpr,
+    MOST_SLACK: tl.constexpr,
     CHUNK: tl.constexpr,
+    FEW: tl.constexpr,
+    FULL: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,  # enough bisections for b + 1 candidates
     BLOCK: tl.constexpr,  # at least parts
 ):
     part = tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
     total = tl.load(starts + b)
-    active = tl.minimum(parts.to(tl.int64), total)
+    active = active_parts(total, parts, b, CHUNK, FEW, FULL)
     WIDTH: tl.constexpr = OVERHEAD + CHUNK if CHUNK > 0 else 0
     begin, near_begin = cut(part, starts, b, active, total, SEARCH_STEPS, WIDTH)
     end, near_end = cut(part + 1, starts, b, active, total, SEARCH_STEPS, WIDTH)
 
     # Requests stay whole if that makes no part much longer than an equal share. Chunks always do.
     share = (total + active - 1) // tl.maximum(active, 1)
-    whole = (CHUNK > 0) | (tl.max(near_end - near_begin) <= share + SLACK)
+    slack = tl.minimum(tl.maximum(share // 2, SLACK), MOST_SLACK)
+    whole = (CHUNK > 0) | (tl.max(near_end - near_begin) <= share + slack)
     tl.store(stays_whole, whole.to(tl.int32))
     begin = tl.where(whole, near_begin, begin)
     end = tl.where(whole, near_end, end)
@@ -158,11 +186,13 @@ def plan_splits_kernel(
     parts,
     OVERHEAD: tl.constexpr,
     CHUNK: tl.constexpr,
+    FEW: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # How many parts hold tiles of each request, or how many chunks it has, summed up.
     total = tl.load(starts + b)
-    active = tl.minimum(parts.to(tl.int64), total)
+    active = active_parts(total, parts, b, CHUNK, FEW, FULL)
     whole = tl.load(stays_whole) != 0
     used = tl.zeros([], tl.int64)
     tl.store(num_splits, 0)
@@ -220,12 +250,12 @@ def get_metadata(
         )
         plan_parts_kernel[(1,)](
             starts, tile_scheduler_metadata, stays_whole, b, parts, OVERHEAD=OVERHEAD,
-            SLACK=SLACK, CHUNK=chunk, SEARCH_STEPS=b.bit_length(),
-            BLOCK=triton.next_power_of_2(parts),
+            SLACK=SLACK, MOST_SLACK=MOST_SLACK, CHUNK=chunk, FEW=FEW, FULL=FULL,
+            SEARCH_STEPS=b.bit_length(), BLOCK=triton.next_power_of_2(parts),
         )  # fmt: skip
         plan_splits_kernel[(1,)](
-            starts, stays_whole, num_splits, b, parts, OVERHEAD=OVERHEAD, CHUNK=chunk,
-            BLOCK=PLAN_BLOCK,
+            starts, stays_whole, num_splits, b, parts, OVERHEAD=OVERHEAD, CHUNK=chunk, FEW=FEW,
+            FULL=FULL, BLOCK=PLAN_BLOCK,
         )  # fmt: skip
     return tile_scheduler_metadata, num_splits
 

@@ -85,6 +85,7 @@ constexpr int kMergeWarps = kConsumerThreads / 32;
 
 struct MergeStorage {
   SplitRequests todo;
+  int2 slots[kMaxParts];  // of the requests to be merged: the first, and how many
   float4 o[kMergeWarps][4][32];
   float2 state[kMergeWarps];  // max2, sum
 };
@@ -140,9 +141,9 @@ __device__ __forceinline__ void merge_rows(const KernelParams& p, MergeStorage& 
     MergedRow sum;
     sum.clear();
     if (nth < total) {
-      const int slot = max(0, p.num_splits[request]);
-      const int splits = min(p.num_splits[request + 1], p.partials.slots) - slot;
-      merge_partials(p, static_cast<int64_t>(slot) * rows + row, rows, share, sharing, splits, sum);
+      const int2 slots = storage.slots[nth / rows];
+      merge_partials(p, static_cast<int64_t>(slots.x) * rows + row, rows, share, sharing, slots.y,
+                     sum);
     }
     if (sharing > 1) {
       CUTE_UNROLL
@@ -180,7 +181,15 @@ __device__ __noinline__ void merge_splits(const KernelParams& p, void* scratch) 
   sync();
   unsigned arrived = 0;
   if (thread == 0) arrived = arrive_in_grid(p.meeting, blocks, block == 0);
-  if (thread / 32 == 1) storage.todo.collect(p.plan, p.shape.parts, p.shape.batch);
+  if (thread / 32 == 1) {  // while others are still at work
+    storage.todo.collect(p.plan, p.shape.parts, p.shape.batch);
+    __syncwarp();
+    for (int i = thread % 32; i < storage.todo.count; i += 32) {
+      const int* first = p.num_splits + storage.todo.request[i];
+      const int slot = max(0, first[0]);
+      storage.slots[i] = make_int2(slot, min(first[1], p.partials.slots) - slot);
+    }
+  }
   if (thread == 0) wait_in_grid(p.meeting, arrived);
   sync();
   merge_rows<T>(p, storage, block, blocks, thread / 32, sync);
