@@ -50,6 +50,7 @@ def adversarial(n: int) -> dict[str, torch.Tensor]:
         "few_values": integers(-3, 4).float(),
         "many_zeros": normal().clamp_(min=0),
         "a_crowd_at_the_end": torch.cat([normal()[: n - n // 50] - 50, normal()[: n // 50]]),
+        "clusters": (normal()[: n // 500 + 1].repeat_interleave(500)[:n] * 3 + normal() * 0.3),
         "waves": torch.sin(torch.arange(n, device=DEVICE) * (6.2831853 / 128)),
     }
     rows["nan_but_one"][middle] = -1.5

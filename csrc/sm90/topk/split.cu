@@ -39,9 +39,7 @@ struct alignas(16) Report {
 };
 
 // The vectors of a row are dealt out in stripes of 32, what a warp reads at once: to the CTAs in
-// turn, so that they all share whatever part of the row the large values are in. A warp's stripes
-// are neighbours, so that the first stripes of all warps are spread over the row: they make a
-// sample.
+// turn, so that they all share whatever part of the row the large values are in.
 struct Deal {
   int ranks, rank, batches;
 
@@ -57,11 +55,11 @@ struct Deal {
   __device__ __forceinline__ int vector(int batch, int j) const {
     return stripe(batch, j) + static_cast<int>(threadIdx.x) % 32;
   }
-  // Elements in the first stripes of all warps, but for one that the end of the row cuts.
+  // Elements in every fourth vector of a batch, the sample, but for a stripe that the end cuts.
   __device__ __forceinline__ int sampled(const Row& row) const {
     const int whole = row.count() / 32 - rank;  // stripes from this CTA's first on
-    const int step = kVectors * batches * ranks;
-    return max(1, min(kWarps, (whole + step - 1) / step)) * 128;
+    const int step = batches * ranks;
+    return max(1, min(kVectors * kWarps, (whole + step - 1) / step)) * (128 / kVectors);
   }
 };
 
@@ -81,11 +79,21 @@ __device__ __forceinline__ void load_batch(const Row& row, const Deal& deal, int
   }
 }
 
-// The value that enough elements of the row should reach, from a vector of each thread. Where the
-// elements of the bin lie within it is not asked unless they are many: a guess will do. Also leaves
-// the sample's largest value in the scratch.
-__device__ __forceinline__ Window sampled_window(const Row& row, int k, const float4& x, int sample,
+// The value that enough elements of the row should reach, from one of each thread's vectors: from
+// another one in neighbouring lanes, since large values come in clusters that whole stripes may
+// miss. Where the elements of the bin lie within it is not asked unless they are many: a guess will
+// do. Also leaves the sample's largest value in the scratch.
+__device__ __forceinline__ Window sampled_window(const Row& row, int k,
+                                                 const float4 (&vectors)[kVectors], int sample,
                                                  Work& scratch) {
+  static_assert(kVectors == 4);
+  const auto either = [](bool second, const float4& a, const float4& b) {
+    return make_float4(second ? b.x : a.x, second ? b.y : a.y, second ? b.z : a.z,
+                       second ? b.w : a.w);
+  };
+  const bool odd = threadIdx.x % 2 != 0, upper = threadIdx.x % 4 >= 2;
+  const float4 x =
+      either(upper, either(odd, vectors[0], vectors[1]), either(odd, vectors[2], vectors[3]));
   constexpr int kDigitBits = Work::kDigitBits;
   const float each = static_cast<float>(row.length) / static_cast<float>(sample);
   const int target = min(k + k / 4 + static_cast<int>(48 * each), (k + kCapacity) / 2);
@@ -273,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1) split_kernel(const TopkArgs a, in
 
   const Window all(kLowest);
   Window window = all;
-  if (length > kKeptWhole) window = sampled_window(row, a.k, x[0], deal.sampled(row), scratch);
+  if (length > kKeptWhole) window = sampled_window(row, a.k, x, deal.sampled(row), scratch);
 #pragma unroll 1
   for (int batch = 0; batch < deal.batches; ++batch) {
     if (batch > 0) load_batch(row, deal, batch, x);
