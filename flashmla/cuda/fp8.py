@@ -1,6 +1,6 @@
-"""Stage 05 on Hopper: writing and reading the FP8 cache.
+"""Stage 05 on Hopper: writing and reading the FP8 cache, and decoding over it.
 
-Source: ``csrc/sm90/fp8_cache/``.
+Source: ``csrc/sm90/fp8_cache/``, ``csrc/sm90/sparse_decode/``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,19 @@ from torch import Tensor
 
 from flashmla.cuda.library import load
 from flashmla.cuda.paged_kv import aligned_rows, misplaced
+from flashmla.cuda.sparse import dense_decode_fp8 as dense_decode
+from flashmla.cuda.sparse import supports_dense_decode_fp8 as supports_dense_decode
 from flashmla.fp8 import BYTES_PER_TOKEN, HEAD_DIM
 
-__all__ = ["append", "index_append", "index_pack", "pack", "unpack"]
+__all__ = [
+    "append",
+    "dense_decode",
+    "index_append",
+    "index_pack",
+    "pack",
+    "supports_dense_decode",
+    "unpack",
+]
 
 
 def pack(x: Tensor, power_of_two: bool) -> Tensor:

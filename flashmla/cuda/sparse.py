@@ -1,4 +1,4 @@
-"""Stages 05 and 06 on Hopper: decoding over the tokens that indices name.
+"""Stages 05 and 06 on Hopper: decoding over chosen tokens, or over all of an FP8 cache.
 
 Source: ``csrc/sm90/sparse_decode/``.
 """
@@ -12,9 +12,15 @@ from torch import Tensor
 
 from flashmla.cuda.library import load
 from flashmla.cuda.mla import HEAD_DIM_V, LARGEST_SCALE, SMALLEST_SCALE
-from flashmla.schedule import TILE
+from flashmla.schedule import CHUNK, TILE
 
-__all__ = ["sparse_decode", "splits_for", "supports_sparse_decode"]
+__all__ = [
+    "dense_decode_fp8",
+    "sparse_decode",
+    "splits_for",
+    "supports_dense_decode_fp8",
+    "supports_sparse_decode",
+]
 
 HEAD_DIM_QK = 576
 
@@ -72,6 +78,41 @@ def sparse_decode(
     return out, lse
 
 
+def dense_decode_fp8(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    attn_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out [b, s_q, h_q, 512], lse [b, h_q, s_q] float32) from q [b, s_q, h_q, 576] in bfloat16 and
+    an FP8 cache [blocks, page, 1, 656]."""
+    b, s_q, h_q, d_qk = q.shape
+    out = q.new_empty(b, s_q, h_q, head_dim_v)
+    lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    rows = q.reshape(b, s_q * h_q, d_qk)
+    load().dense_decode_fp8(
+        rows if _readable(rows) else rows.clone(memory_format=torch.contiguous_format),
+        k_cache,
+        block_table if block_table.stride(-1) == 1 else block_table.contiguous(),
+        cache_seqlens.contiguous(),
+        tile_scheduler_metadata,
+        num_splits,
+        q.new_empty(0, dtype=torch.float32) if attn_sink is None else attn_sink.contiguous(),
+        out,
+        lse,
+        CHUNK,
+        softmax_scale,
+        causal,
+    )
+    return out, lse
+
+
 @functools.cache
 def _sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -99,8 +140,12 @@ def splits_for(queries: int, h_q: int, topk: int, sms: int) -> int:
 def _packed_queries(q: Tensor) -> Tensor:
     """q as [b * s_q, h_q, 576], where 16 bytes can be read at once: a view, or else a copy."""
     rows = q.reshape(-1, *q.shape[2:])
-    aligned = rows.data_ptr() % 16 == 0 and not any(stride % 8 for stride in rows.stride()[:2])
-    return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
+    return rows if _readable(rows) else rows.clone(memory_format=torch.contiguous_format)
+
+
+def _readable(rows: Tensor) -> bool:
+    """Whether 16 bytes at once can be read of each row."""
+    return rows.data_ptr() % 16 == 0 and not any(stride % 8 for stride in rows.stride()[:2])
 
 
 def supports_sparse_decode(
@@ -118,6 +163,33 @@ def supports_sparse_decode(
         return f"q is {q.dtype}; the kernel takes bfloat16 and float16"
     if is_fp8_kvcache and q.dtype != torch.bfloat16:
         return f"q is {q.dtype}; over an FP8 cache the kernel takes bfloat16"
+    if q.shape[0] * q.shape[1] * -(-q.shape[2] // ROWS) >= MOST_ITEMS // LONGEST_SPLIT:
+        return "more than 2 million queries"
+    return _refused(q, k_cache, head_dim_v, softmax_scale)
+
+
+def supports_dense_decode_fp8(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    attn_sink: Tensor | None = None,
+) -> str | None:
+    """None if the kernel takes these arguments, else why not."""
+    if q.dtype != torch.bfloat16:
+        return f"q is {q.dtype}; over an FP8 cache the kernel takes bfloat16"
+    if q.shape[0] * q.shape[1] * q.shape[2] >= 1 << 31:
+        return "more than 2^31 query rows"
+    return _refused(q, k_cache, head_dim_v, softmax_scale)
+
+
+def _refused(q: Tensor, k_cache: Tensor, head_dim_v: int, softmax_scale: float) -> str | None:
+    """What neither kernel takes, if the call has any of it."""
     if q.shape[-1] != HEAD_DIM_QK or head_dim_v != HEAD_DIM_V:
         return f"head sizes {q.shape[-1]}/{head_dim_v}; the kernel takes 576/512"
     if not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
@@ -129,6 +201,4 @@ def supports_sparse_decode(
         return "k_cache's address or page stride is no multiple of 16 bytes"
     if page_bytes < 0 or k_cache.shape[0] * page_bytes > CACHE_SPAN:
         return "k_cache spans more than 64 GiB"
-    if q.shape[0] * q.shape[1] * -(-q.shape[2] // ROWS) >= MOST_ITEMS // LONGEST_SPLIT:
-        return "more than 2 million queries"
     return None

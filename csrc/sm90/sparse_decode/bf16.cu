@@ -4,7 +4,7 @@
 namespace flashmla::sm90::sparse_decode {
 
 void launch_bf16(const Args& args, cudaStream_t stream) {
-  launch_kernel<cutlass::bfloat16_t, GatherProducer>(args, stream);
+  launch_lists<cutlass::bfloat16_t, GatherProducer>(args, stream);
 }
 
 }  // namespace flashmla::sm90::sparse_decode

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Args a) {
 
 template <class T>
 void launch_as(const Args& a, cudaStream_t stream) {
-  const int blocks = a.queries * row_tiles(a.h_q) * 2 * 4 * kBlocksAWarp;
+  const int blocks = a.requests * row_tiles(a.h_q) * 2 * 4 * kBlocksAWarp;
   combine_kernel<T><<<blocks, kThreads, 0, stream>>>(a);
   FLASHMLA_CUDA_CHECK(cudaGetLastError());
 }

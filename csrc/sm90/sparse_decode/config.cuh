@@ -1,10 +1,12 @@
-// Shapes, shared memory, barriers and work of the sparse MLA decode kernel.
+// Shapes, shared memory, barriers and parameters of the sparse MLA decode kernel, which serves
+// dense decode over an FP8 cache as well.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
 #include <cutlass/fast_math.h>
 
 #include "../../common/mma.cuh"
+#include "../schedule.h"
 #include "launch.h"
 
 namespace flashmla::sm90::sparse_decode {
@@ -77,6 +79,22 @@ struct SharedStorage {
 };
 static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
 
+// What dense decode has in place of lists: all tokens of a request up to its length.
+struct Pages {
+  int rows;  // query rows of a request: the heads of all its queries
+  int batch;
+  bool causal;
+  uint32_t blocks;         // in the cache
+  const int* block_table;  // [batch, max_blocks]
+  int64_t block_table_stride;
+  int max_tokens;  // that the block table has room for
+  const int* cache_seqlens;
+  const PlanRow* plan;
+  int plan_stride;  // rows from one part to the next
+  const int* num_splits;
+  int slots;  // for partial results
+};
+
 struct KernelParams {
   int items;  // queries * splits * row_tiles; a CTA takes every gridDim.x-th
   int row_tiles;
@@ -86,7 +104,7 @@ struct KernelParams {
   int h_q;
   int topk;
   float scale_log2;  // softmax_scale * log2(e): scores go straight to exp2
-  const void* q;     // [queries, h_q, 576]
+  const void* q;     // [queries, h_q, 576]; of pages [batch, rows, 576]
   int64_t q_stride_query, q_stride_head;
   const uint8_t* k_cache;
   cutlass::FastDivmod page;
@@ -101,35 +119,7 @@ struct KernelParams {
   float* lse;
   float* out_partial;
   float* lse_partial;
+  Pages pages;
 };
-
-// A stretch of the list of one query, for up to 64 of its heads.
-struct WorkItem {
-  int number;  // and the slot of the partial result
-  int query;
-  int first_head;
-  int first_tile;
-  int tiles;   // 0: nothing to attend to, and the result says so
-  int length;  // of the whole list
-};
-
-// Splits of one list come first, so that they make a cluster; then the row tiles of one query,
-// which run side by side and read the same tokens, once from memory and once from L2.
-__device__ __forceinline__ WorkItem work_item(const KernelParams& p, int number) {
-  WorkItem w;
-  w.number = number;
-  const int unit = number / p.splits;
-  const int split = number - unit * p.splits;
-  w.query = unit / p.row_tiles;
-  w.first_head = (unit - w.query * p.row_tiles) * kRows;
-  w.length = p.topk;
-  if (p.topk_length != nullptr) {
-    w.length = min(p.topk, max(0, p.topk_length[w.query / p.queries_a_length]));
-  }
-  const int64_t all = (w.length - 1) / kTokens + (w.length > 0);  // no overflow at INT_MAX
-  w.first_tile = static_cast<int>(all * split / p.splits);
-  w.tiles = static_cast<int>(all * (split + 1) / p.splits) - w.first_tile;
-  return w;
-}
 
 }  // namespace flashmla::sm90::sparse_decode

@@ -38,7 +38,7 @@ __device__ __forceinline__ uint4 dequantise(uint32_t low, uint32_t high, float s
 }
 // endregion: dequantise
 
-template <class T>
+template <class T, class Source>
 struct Fp8Producer {
   static constexpr int kTokenBytes = 656;
   static constexpr int kScaleBytes = 512;          // where the scales begin
@@ -121,14 +121,14 @@ struct Fp8Producer {
   __device__ __forceinline__ int listed() const { return first_token() + thread % kTokensAWarp; }
 
   __device__ __forceinline__ void run() {
-    TileCursor cursor(p);
+    typename Source::Cursor cursor(p);
     int step = cursor.advance(listed());
     if (step == kEnd) return;
     uint4 codes[kLoads];
     float scales;
-    start_tile(0, token_offset<kTokenBytes>(p, cursor.index()), codes, scales);
+    start_tile(0, Source::template offset<kTokenBytes>(p, cursor.index()), codes, scales);
     int next_step = cursor.advance(listed());
-    int next_index = next_step == kEnd ? -1 : cursor.index();
+    typename Source::Found next_index = next_step == kEnd ? Source::kNothing : cursor.index();
 
     int item_count = 0;
     // region: producer
@@ -137,7 +137,7 @@ struct Fp8Producer {
       const int stage = count % kStages;
       if (step >= 0) {
         Barrier::wait(&shared.q_empty, (item_count++ & 1) ^ 1);
-        start_query(p, shared, step);
+        start_query<Source>(p, shared, step);
       }
       Barrier::wait(&shared.kv_empty[stage][half()], (count / kStages & 1) ^ 1);
       store(codes, scales, cute::cast_smem_ptr_to_uint(shared.kv[stage]));
@@ -147,10 +147,10 @@ struct Fp8Producer {
 
       if (next_step == kEnd) break;
       forget(thread);
-      start_tile(count + 1, token_offset<kTokenBytes>(p, next_index), codes, scales);
+      start_tile(count + 1, Source::template offset<kTokenBytes>(p, next_index), codes, scales);
       step = next_step;
       next_step = cursor.advance(listed());
-      next_index = next_step == kEnd ? -1 : cursor.index();
+      next_index = next_step == kEnd ? Source::kNothing : cursor.index();
     }
     // endregion: producer
   }

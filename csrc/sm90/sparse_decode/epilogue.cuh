@@ -1,11 +1,14 @@
-// Where a finished stretch of tiles goes: to `out` and `lse` when the list was not split, otherwise
-// to its slot of the partial results, which the combine kernel merges.
+// Where a finished stretch of tiles goes: to `out` and `lse` when the list or request was not
+// split, otherwise to its slot of the partial results. Those of lists lie in the order of the
+// accumulators (merge.cuh), those of pages as dense decode has them: its combine kernel merges
+// them.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
 
-#include "../dense_decode/softmax.cuh"
-#include "config.cuh"
+#include <type_traits>
+
+#include "source.cuh"
 
 namespace flashmla::sm90::sparse_decode {
 
@@ -44,36 +47,45 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
 // o: this thread's part of O[64 rows, 256 columns of half kMine], not yet divided by the row sums.
 // Element 4 n + 2 h + e is of row + 8 h and, in shared memory's order of columns, of piece n / 8,
 // chunk n % 8, element thread % 4 * 2 + e.
-template <class T, int kMine, class Output>
-__device__ __forceinline__ void store_result(const KernelParams& p, const WorkItem& item, int row,
+template <class T, int kMine, class Item, class Output>
+__device__ __forceinline__ void store_result(const KernelParams& p, const Item& item, int row,
                                              Output& o, const RowPair& max, const RowPair& sum) {
   const int quad = threadIdx.x % 4;
   const bool writes_lse = kMine == 0 && quad == 0;
+  constexpr bool kPaged = std::is_same_v<Item, PagedItem>;
+  if constexpr (kPaged) {
+    if (!item.is_whole && (item.slot < 0 || item.slot >= p.pages.slots)) return;
+  }
   RowPair factor;  // what is left to multiply O with
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const int head = item.first_head + row + 8 * h;
-    const bool exists = head < p.h_q;
+    const int head = item.head(p, row + 8 * h);
+    const bool exists = item.exists(p, row + 8 * h);
     const bool empty = sum.v[h] == 0.f;  // nothing this query may see: out 0, lse +inf
     const float lse2 = max.v[h] * p.scale_log2 + log2f(sum.v[h]);
     factor.v[h] = empty ? 0.f : 1.f / sum.v[h];
-    if (p.splits == 1) {
+    if (item.whole(p)) {
       if (exists && !empty) factor.v[h] *= sink_share(p.attn_sink, head, lse2);
-      if (exists && writes_lse) store_lse(p, item.query, head, empty ? INFINITY : lse2 * kLn2);
+      if (exists && writes_lse)
+        store_lse(p, item.query_of(p, row + 8 * h), head, empty ? INFINITY : lse2 * kLn2);
+    } else if constexpr (kPaged) {
+      if (exists && writes_lse) {
+        p.lse_partial[static_cast<int64_t>(item.slot) * p.pages.rows + item.row(row + 8 * h)] =
+            empty ? -INFINITY : lse2;
+      }
     } else if (writes_lse) {
       p.lse_partial[static_cast<int64_t>(item.number) * kRows + row + 8 * h] =
           empty ? -INFINITY : lse2;
     }
   }
 
-  if (p.splits == 1) {
+  if (item.whole(p)) {
     // region: store_rows
     cutlass::NumericArrayConverter<T, float, 2> convert;
-    T* out = static_cast<T*>(p.out) + static_cast<int64_t>(item.query) * p.h_q * kDimV +
-             kMine * kHalfV + quad * 8;
+    T* out = static_cast<T*>(p.out) + item.base_row(p) * kDimV + kMine * kHalfV + quad * 8;
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const int head = item.first_head + row + 8 * h;
+      const int r = item.row(row + 8 * h);
       CUTE_UNROLL
       for (int c = 0; c < kHalfV / 32; ++c) {  // 32 neighbouring columns: two chunks i, both h
         uint32_t x[4];
@@ -85,13 +97,26 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const WorkIt
           x[k] = reinterpret_cast<const uint32_t&>(pair);
         }
         transpose_quad(x);
-        if (head < p.h_q) {
-          auto* to = reinterpret_cast<uint4*>(out + static_cast<int64_t>(head) * kDimV + c * 32);
+        if (item.exists(p, row + 8 * h)) {
+          auto* to = reinterpret_cast<uint4*>(out + static_cast<int64_t>(r) * kDimV + c * 32);
           *to = make_uint4(x[0], x[1], x[2], x[3]);
         }
       }
     }
     // endregion: store_rows
+  } else if constexpr (kPaged) {
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      if (!item.exists(p, row + 8 * h)) continue;
+      const int64_t at = static_cast<int64_t>(item.slot) * p.pages.rows + item.row(row + 8 * h);
+      float* to = p.out_partial + at * kDimV + kMine * kHalfV + quad * 2;
+      CUTE_UNROLL
+      for (int n = 0; n < cute::size(o) / 4; ++n) {  // columns in their own order again
+        const int column = n / 16 * 128 + n % 8 * 16 + n / 8 % 2 * 8;
+        *reinterpret_cast<float2*>(to + column) =
+            make_float2(o(4 * n + 2 * h) * factor.v[h], o(4 * n + 2 * h + 1) * factor.v[h]);
+      }
+    }
   } else if (item.first_head + row / 16 * 16 < p.h_q) {  // else none of this warp's rows exists
     const int warp = threadIdx.x / 32 % 4;
     const int64_t at = (static_cast<int64_t>(item.number) * 2 + kMine) * 4 + warp;

@@ -6,7 +6,7 @@
 
 namespace flashmla::sm90::sparse_decode {
 
-template <class T>
+template <class T, class Source>
 struct GatherProducer {
   static constexpr int kTokenBytes = kDimQk * 2;
   static_assert(sizeof(T) == 2, "tiles hold 16-bit numbers");
@@ -47,9 +47,9 @@ struct GatherProducer {
 
   __device__ __forceinline__ void run() {
     const int listed = first_token + lane % kTokensAWarp;
-    TileCursor cursor(p);
+    typename Source::Cursor cursor(p);
     int step = cursor.advance(listed);
-    int index = step == kEnd ? -1 : cursor.index();
+    typename Source::Found index = step == kEnd ? Source::kNothing : cursor.index();
 
     int item_count = 0;
     for (int count = 0; step != kEnd; ++count) {
@@ -57,11 +57,11 @@ struct GatherProducer {
       const int rope_stage = count % kRopeStages;
       if (step >= 0) {
         Barrier::wait(&shared.q_empty, (item_count++ & 1) ^ 1);
-        start_query(p, shared, step);
+        start_query<Source>(p, shared, step);
       }
-      const uint32_t of_lane = token_offset<kTokenBytes>(p, index);
+      const uint32_t of_lane = Source::template offset<kTokenBytes>(p, index);
       step = cursor.advance(listed);
-      index = step == kEnd ? -1 : cursor.index();
+      index = step == kEnd ? Source::kNothing : cursor.index();
 
       Barrier::wait(&shared.rope_empty[rope_stage], (count / kRopeStages & 1) ^ 1);
       start_rope(of_lane, reinterpret_cast<uint8_t*>(shared.rope[rope_stage]));

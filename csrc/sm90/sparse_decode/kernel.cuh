@@ -1,12 +1,13 @@
 // Sparse MLA decode for sm_90a: out = softmax(q Kᵀ · scale) V over the tokens that each query's
-// indices name, where V is the first 512 columns of K.
+// indices name, where V is the first 512 columns of K. And dense decode over an FP8 cache, where
+// the tokens are all those of a request's pages: only where tokens come from differs (source.cuh).
 //
-// One CTA computes up to 64 heads of one query. Two warpgroups fetch the chosen tokens, half of
-// the columns each, convert them and lay them out as tiles of 64 (dequant.cuh, gather.cuh). Two
-// more multiply, as in dense decode: the 64 x 512 float32 output fills half the register file, so
-// each owns 256 of its columns, and they take turns with the scores: the owner of tile j computes
-// S_j and P_j and publishes P_j; then both multiply it with their half of V_j. NOTES.md tells how
-// this came about.
+// One CTA computes up to 64 heads of one query, or 64 query rows of a request. Two warpgroups fetch
+// the chosen tokens, half of the columns each, convert them and lay them out as tiles of 64
+// (dequant.cuh, gather.cuh). Two more multiply, as in dense decode: the 64 x 512 float32 output
+// fills half the register file, so each owns 256 of its columns, and they take turns with the
+// scores: the owner of tile j computes S_j and P_j and publishes P_j; then both multiply it with
+// their half of V_j. NOTES.md tells how this came about.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -41,7 +42,7 @@ struct Tiles {
 
 // One of the two consumer warpgroups. `kMine` is 0 or 1: the parity of the tiles whose scores it
 // computes, and the half of the output columns it owns.
-template <class T, int kMine>
+template <class T, class Source, int kMine>
 struct Consumer {
   static constexpr int kOther = kMine ^ 1;
 
@@ -94,18 +95,6 @@ struct Consumer {
       }
     }
     cute::warpgroup_commit_batch();
-  }
-
-  // Scores of tokens that don't count become -inf; their rows of K are zeros.
-  template <class Scores>
-  __device__ __forceinline__ void mask(int j, Scores& s) const {
-    const uint64_t valid = *reinterpret_cast<const uint64_t*>(shared.valid[rope_stage(j)]);
-    if (valid == ~uint64_t{0}) return;
-    const uint64_t mine = valid >> (thread % 4 * 2);  // from this thread's first column on
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(s); ++i) {
-      if (!(mine >> (i / 4 * 8 + (i & 1)) & 1)) s(i) = -INFINITY;
-    }
   }
 
   // P_j to where the tile's RoPE part was, in the 128-byte swizzle: both products read it there.
@@ -179,9 +168,9 @@ struct Consumer {
   // region: own_tile
   // First the product with the other's tile before this one, so that its place comes free and the
   // producers, whose conversion takes longest, can fill it; then a tile whose scores are mine.
-  template <bool kFirst, class Output, class Scores>
-  __device__ __forceinline__ void own_tile(int tiles, int j, OnlineSoftmax& softmax, Output& o,
-                                           Scores& s) {
+  template <bool kFirst, class Mask, class Output, class Scores>
+  __device__ __forceinline__ void own_tile(int tiles, int j, const Mask& mask,
+                                           OnlineSoftmax& softmax, Output& o, Scores& s) {
     if (!kFirst) start_other_tile(j - 1, softmax, o);
     start_scores(j, s);
     if (!kFirst) {
@@ -191,7 +180,7 @@ struct Consumer {
     cute::warpgroup_wait<0>();
     fence_fragment(s);
     fence_fragment(o);
-    mask(j, s);
+    mask.apply(j, shared.valid[rope_stage(j)], s);
     if (j + 2 >= tiles) release(&shared.q_empty);
 
     const RowPair alpha = softmax.step(s, p.scale_log2);
@@ -204,13 +193,14 @@ struct Consumer {
   }
   // endregion: own_tile
 
-  __device__ __forceinline__ void run_item(const WorkItem& work) {
+  __device__ __forceinline__ void run_item(const typename Source::Item& work) {
     using namespace cute;
     auto o = partition_fragment_C(output_mma, Shape<Int<kRows>, Int<kHalfV>>{});   // [64, 256]
     auto s = partition_fragment_C(scores_mma, Shape<Int<kRows>, Int<kTokens>>{});  // [64, 64]
     clear(o);
     output_mma.accumulate_ = GMMA::ScaleOut::One;
     OnlineSoftmax softmax;
+    const typename Source::Mask mask(p, work, row);
     const int n = work.tiles;
 
     // region: consumer_loop
@@ -220,10 +210,10 @@ struct Consumer {
     if (kMine == 0 && n > 0) {
       // Q arrives with the RoPE part of the first tile.
       Barrier::wait(&shared.rope_full[rope_stage(0)], rope_phase(0));
-      own_tile<true>(n, 0, softmax, o, s);
+      own_tile<true>(n, 0, mask, softmax, o, s);
     }
     int j = kMine == 0 ? 2 : 1;
-    for (; j < n; j += 2) own_tile<false>(n, j, softmax, o, s);
+    for (; j < n; j += 2) own_tile<false>(n, j, mask, softmax, o, s);
     if (j == n) {  // the last tile was the other's
       start_other_tile(n - 1, softmax, o);
       cute::warpgroup_wait<0>();
@@ -247,30 +237,37 @@ struct Consumer {
   }
 };
 
-template <class T, int kMine>
+template <class T, class Source, int kMine>
 __device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared) {
-  Consumer<T, kMine> consumer{p, shared};
-  for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
-    consumer.run_item(work_item(p, number));
-  }
-  if (!p.merges) return;
-  // The producers are gone by now or go soon: the barrier does not wait for threads that have left.
-  cute::cluster_arrive();
-  cute::cluster_wait();
-  const int number = blockIdx.x, thread = threadIdx.x - kProducerThreads;
-  switch (p.splits) {
-    case 2:
-      return merge_share<T, 2>(p, number, thread);
-    case 4:
-      return merge_share<T, 4>(p, number, thread);
-    case 8:
-      return merge_share<T, 8>(p, number, thread);
-    case 16:
-      return merge_share<T, 16>(p, number, thread);
+  Consumer<T, Source, kMine> consumer{p, shared};
+  if constexpr (Source::kPaged) {
+    PagedWorkList list(p);
+    for (PagedItem work; list.next(work);) consumer.run_item(work);
+    return;
+  } else {
+    for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
+      consumer.run_item(work_item(p, number));
+    }
+    if (!p.merges) return;
+    // The producers are gone by now or go soon: the barrier does not wait for threads that have
+    // left.
+    cute::cluster_arrive();
+    cute::cluster_wait();
+    const int number = blockIdx.x, thread = threadIdx.x - kProducerThreads;
+    switch (p.splits) {
+      case 2:
+        return merge_share<T, 2>(p, number, thread);
+      case 4:
+        return merge_share<T, 4>(p, number, thread);
+      case 8:
+        return merge_share<T, 8>(p, number, thread);
+      case 16:
+        return merge_share<T, 16>(p, number, thread);
+    }
   }
 }
 
-template <class T, template <class> class Producer>
+template <class T, class Source, template <class, class> class Producer>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_decode_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -294,13 +291,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup < 2) {
     cutlass::arch::warpgroup_reg_dealloc<kRegistersProducer>();
-    Producer<T>{p, shared}.run();
+    Producer<T, Source>{p, shared}.run();
   } else if (warpgroup == 2) {
     cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
-    consume<T, 0>(p, shared);
+    consume<T, Source, 0>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
-    consume<T, 1>(p, shared);
+    consume<T, Source, 1>(p, shared);
   }
 }
 

@@ -5,44 +5,66 @@
 
 #include <cstdint>
 
+#include "../launch.h"
+
 namespace flashmla::sm90::sparse_decode {
 
 enum class Cache { kFp8, kPlain };  // 656 bytes a token, or 576 numbers of q's type
 
-struct Args {
-  Cache cache;
-  bool is_bf16;  // of q and out, and of a plain cache
-  int queries;   // batch * s_q: each has its own list of tokens
+// Of both ways to name tokens: a list for each query, or pages for each request.
+struct Common {
+  int requests;  // b * s_q queries with a list each, or b
+  int rows;      // of a request: h_q, or s_q * h_q
   int s_q;
   int h_q;
-  int topk;
-  int splits;  // of each list; merged by a cluster of them (merge.cuh), else by a second kernel
   float softmax_scale;
-  const void* q;  // [queries, h_q, 576]
-  int64_t q_stride_query, q_stride_head;
+  const void* q;  // [requests, rows, 576]
+  int64_t q_stride_request, q_stride_row;
   const void* k_cache;  // [blocks, page, 1, 656 bytes or 576 numbers]
   int64_t page_stride_bytes;
+  int64_t blocks;
   int page;
-  int64_t tokens;      // blocks * page
-  const int* indices;  // [queries, topk]
-  int64_t indices_stride;
-  const int* topk_length;  // [queries / queries_a_length], or null
-  int queries_a_length;
   const float* attn_sink;  // [h_q], or null
-  void* out;               // [queries, h_q, 512]
-  float* lse;              // [batch, h_q, s_q]
-  float* out_partial;      // [items, 64, 512] in the order of the accumulators; splits > 1 only
-  float* lse_partial;      // [items, 64], base 2
+  void* out;               // [b, s_q, h_q, 512]
+  float* lse;              // [b, h_q, s_q]
+};
+
+struct Args : Common {
+  Cache cache;
+  bool is_bf16;  // of q and out, and of a plain cache
+  int topk;
+  int splits;  // of each list; merged by a cluster of them (merge.cuh), else by a second kernel
+  const int* indices;  // [requests, topk]
+  int64_t indices_stride;
+  const int* topk_length;  // [requests / queries_a_length], or null
+  int queries_a_length;
+  float* out_partial;  // [items, 64, 512] in the order of the accumulators; splits > 1 only
+  float* lse_partial;  // [items, 64], base 2
   int sms;
 };
 
-// Query rows that one CTA computes, and so how many partial results there are:
-// items = queries * row_tiles(h_q) * splits, in this order.
+// Over an FP8 cache, q and out in bfloat16.
+struct PagedArgs : Common {
+  bool causal;
+  const int* block_table;  // [requests, max_blocks]
+  int64_t block_table_stride;
+  int max_blocks;
+  const int* cache_seqlens;  // [requests]
+  int parts;
+  const int* plan;  // [parts, plan_stride, 8]
+  int plan_stride;
+  const int* num_splits;  // [requests + 1]
+  Partials partials;      // merged by dense decode's combine kernel
+};
+
+// Query rows that one CTA computes, and so how many partial results of lists there are:
+// items = requests * row_tiles(rows) * splits, in this order.
 constexpr int kRowsACta = 64;
-constexpr int row_tiles(int h_q) {
-  return (h_q + kRowsACta - 1) / kRowsACta;
+constexpr int row_tiles(int rows) {
+  return (rows + kRowsACta - 1) / kRowsACta;
 }
 
 void launch(const Args& args, cudaStream_t stream);
+void launch(const PagedArgs& args, cudaStream_t stream);
 
 }  // namespace flashmla::sm90::sparse_decode

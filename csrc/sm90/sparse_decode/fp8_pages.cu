@@ -1,0 +1,10 @@
+#include "instances.h"
+#include "launch.cuh"
+
+namespace flashmla::sm90::sparse_decode {
+
+void launch_fp8_pages(const PagedArgs& args, cudaStream_t stream) {
+  launch_pages<cutlass::bfloat16_t, Fp8Producer>(args, stream);
+}
+
+}  // namespace flashmla::sm90::sparse_decode
