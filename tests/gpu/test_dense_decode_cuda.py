@@ -56,6 +56,24 @@ def test_any_plan_gives_the_same_answer(parts: int) -> None:
     assert_lse_close(lse, want_lse)
 
 
+@pytest.mark.parametrize(("b", "h_q"), [(1, 8), (1, 128), (2, 128), (4, 128), (5, 128), (12, 128)])
+def test_partial_results_of_few_rows_and_of_many(b: int, h_q: int) -> None:
+    """A row's are merged by eight warps where rows are few, by four, two or one where not."""
+    lengths = tuple(6000 - 450 * i for i in range(b))
+    inputs = DecodeCase("merged", (*lengths, 0), h_q=h_q, sink=True, seed=11).build(DEVICE)
+    plan = plan_for(inputs)
+    assert plan[1][-1] > b + 1
+    poison_free_memory()
+    out, lse = decode(inputs, plan)
+    want_out, want_lse = inputs.expected()
+    assert_out_close(out, want_out)
+    assert_lse_close(lse, want_lse)
+    for _ in range(REPEATS):
+        again_out, again_lse = decode(inputs, plan)
+        assert_identical("out", again_out, out)
+        assert_identical("lse", again_lse, lse)
+
+
 def test_empty_plan_is_filled_in_and_reused() -> None:
     inputs = DecodeCase("planless", h_q=128, seed=3).build(DEVICE)
     plan, none = flashmla.get_mla_metadata()
