@@ -502,11 +502,11 @@ class SparsePrefillInputs:
     def scale(self) -> float:
         return self.case.d_qk**-0.5
 
-    def expected(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def expected(self, lse_base_2: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """out float64 [s_q, h_q, d_v], max_logits and lse float64 [s_q, h_q]."""
         return dsa.sparse_prefill(
             to_numpy(self.q), to_numpy(self.kv), to_numpy(self.indices), self.scale,
-            self.case.d_v, to_numpy(self.attn_sink), to_numpy(self.topk_length),
+            self.case.d_v, to_numpy(self.attn_sink), to_numpy(self.topk_length), lse_base_2,
         )  # fmt: skip
 
 

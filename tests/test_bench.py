@@ -507,3 +507,13 @@ def test_fp8_products_are_a_ceiling_of_cards_that_have_them():
     assert "fp8_matmul_tflops" not in H100.as_dict()
     with_fp8 = replace(H100, fp8_matmul_tflops=1440.04)
     assert with_fp8.as_dict()["fp8_matmul_tflops"] == 1440.0
+
+
+def test_error_of_a_sparse_prefill_is_that_of_its_answer():
+    case = Case("sparse_prefill", h_q=4, s_q=5, s_k=100, topk=30)
+    problem = problems.MAKERS["sparse_prefill"](case, CPU)
+    assert problem.kvs[0].shape == (100, 1, 576) and problem.indices.shape == (5, 1, 30)
+    assert all(len(set(row.tolist())) == 30 for row in problem.indices[:, 0])
+    out = problem.side()(1)[0]
+    assert problem.error(out, 1) < 0.02 < problem.error(out, 0)
+    assert problem.error(out + 1, 1) > 0.9

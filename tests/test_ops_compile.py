@@ -188,7 +188,7 @@ def operator_calls():
         "dsa_sparse_decode": (
             s.q, s.k_cache, s.indices, 512, 0.04, True, s.attn_sink, s.topk_length
         ),
-        "dsa_sparse_prefill": (f.q, f.kv, f.indices, 0.04, 512, f.attn_sink, None),
+        "dsa_sparse_prefill": (f.q, f.kv, f.indices, 0.04, 512, f.attn_sink, None, True),
         "dsa_indexer_logits": (codes, keys, torch.rand(9), torch.rand(3, 2), 0 * bounds, bounds),
         "dsa_indexer_logits_paged": (
             codes[:, None], pages, torch.rand(3, 1, 2), table, bounds * 10

@@ -77,8 +77,18 @@ def test_index_score_choose_attend():
 
 
 def test_arguments_stand_in_flashmlas_order():
-    names = "q kv indices sm_scale d_v attn_sink topk_length"
+    names = "q kv indices sm_scale d_v attn_sink topk_length lse_base_2"
     assert " ".join(inspect.signature(flashmla.flash_mla_sparse_fwd).parameters) == names
+
+
+def test_an_lse_to_base_2():
+    x = SPARSE_PREFILL_CASES[2].build()  # with queries that have nothing to attend to
+    arguments = (x.q, x.kv, x.indices, x.scale, 512, x.attn_sink, x.topk_length)
+    out, largest, lse = flashmla.flash_mla_sparse_fwd(*arguments)
+    same_out, same_largest, lse_2 = flashmla.flash_mla_sparse_fwd(*arguments, lse_base_2=True)
+    assert torch.equal(same_out, out) and torch.equal(same_largest, largest)
+    assert_lse_close(lse_2, x.expected(lse_base_2=True)[2])
+    assert torch.equal(lse_2.isinf(), lse.isinf()) and lse.isinf().any()
 
 
 def prefill(**changes):
@@ -104,6 +114,7 @@ def prefill(**changes):
         ({"d_v": 256}, ValueError, "d_v must be 512, the only one supported, got 256"),
         ({"attn_sink": torch.zeros(1)}, ValueError, r"attn_sink must have shape \[h_q] = \[16]"),
         ({"topk_length": torch.zeros(2).int()}, ValueError, r"topk_length must have shape \[s_q]"),
+        ({"lse_base_2": 2}, TypeError, "lse_base_2 must be True or False, got int 2"),
     ],
 )
 def test_bad_prefill_input(changes, error, message):

@@ -38,4 +38,12 @@ __device__ __forceinline__ float load_float_once(const void* from, bool conditio
   return x;
 }
 
+// Starts a copy of 16 bytes to shared memory by its 32-bit address, past L1, for which L2 may fetch
+// the 256 bytes around them; zeros, and no access to global memory, where the condition is false.
+__device__ __forceinline__ void start_copy_16(uint32_t to, const void* from, bool condition) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(condition ? 16 : 0)
+               : "memory");
+}
+
 }  // namespace flashmla

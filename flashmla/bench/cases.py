@@ -279,6 +279,8 @@ CASES: tuple[Case, ...] = (
     _prefill(128, 32768),
     _prefill(128, 131072),
     _prefill(64, 32768),
+    _prefill(16, 32768),
+    _prefill(8, 32768),
     *(Case("topk", b=b, s_k=n, topk=2048) for b, n in ((4096, 32768), (128, 131072), (1, 131072))),
     *(Case("indexer", h_q=h, s_q=4096, s_k=32768) for h in (64, 32)),
     *(Case("indexer_paged", b=64, h_q=64, s_q=s_q, s_k=131072) for s_q in (1, 2)),

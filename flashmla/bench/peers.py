@@ -20,7 +20,7 @@ from flashmla.bench import mha
 from flashmla.bench.cases import D_QK, D_V, MHA_BACKWARD, MHA_FORWARD
 from flashmla.bench.indexing import TopK
 from flashmla.bench.problems import DenseDecode, Writing
-from flashmla.bench.sparse import SparseDecode
+from flashmla.bench.sparse import SparseDecode, SparsePrefill
 from flashmla.bench.timing import Side
 
 __all__ = ["TIER_OF_OP", "find_peers", "own", "sides"]
@@ -39,6 +39,7 @@ TIER_OF_OP = {
     "mha_forward": "mha.forward",
     "mha_backward": "mha.backward",
     "sparse_decode": "dsa.sparse_decode",
+    "sparse_prefill": "dsa.sparse_prefill",
 }
 
 PEER = "sgl-flash-mla"  # the distribution that keeps FlashMLA's Hopper kernels, frozen
@@ -96,6 +97,7 @@ def find_peers(device: torch.device, op: str = "dense_decode") -> dict[str, Call
     makers: dict[str, Callable[[Any], Side]] = {
         "dense_decode": _frozen_flash_mla,
         "sparse_decode": SparseDecode.peer,
+        "sparse_prefill": SparsePrefill.peer,
     }
     if op not in makers or importlib.util.find_spec("flash_mla") is None:
         return {}

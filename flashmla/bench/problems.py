@@ -23,7 +23,7 @@ from flashmla.bench.cases import (
 )
 from flashmla.bench.indexing import cached_scores, scores, step, topk
 from flashmla.bench.mha import prefill
-from flashmla.bench.sparse import sparse_decode, values
+from flashmla.bench.sparse import sparse_decode, sparse_prefill, values
 from flashmla.bench.timing import Side, copies_for
 
 __all__ = [
@@ -256,6 +256,7 @@ MAKERS: dict[str, Callable[[Case, torch.device], Any]] = {
     "indexer_paged": cached_scores,
     "dsa_step": step,
     "sparse_decode": sparse_decode,
+    "sparse_prefill": sparse_prefill,
     **dict.fromkeys(WRITES, writing),
 }
 """Who makes the problems of an operation."""

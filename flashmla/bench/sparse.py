@@ -1,4 +1,5 @@
-"""Problems of sparse decode: queries over a cache, each with its own list of tokens."""
+"""Problems of sparse attention: queries, each with its own list of tokens, over a cache
+(decode) or over latents in a row (prefill)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import flashmla
 from flashmla.bench.cases import D_QK, D_V, Case
 from flashmla.bench.timing import Side, copies_for
 
-__all__ = ["SparseDecode", "sparse_decode", "values"]
+__all__ = ["SparseDecode", "SparsePrefill", "sparse_decode", "sparse_prefill", "values"]
 
 _PEER_HEADS = (64, 128)  # what the frozen kernels take
 
@@ -126,4 +127,82 @@ def sparse_decode(case: Case, device: torch.device, seed: int = 0) -> SparseDeco
         q=q.to(torch.bfloat16),
         caches=tuple(cache() for _ in range(copies_for(case.bytes_moved, device))),
         indices=torch.stack(chosen).view(case.b, case.s_q, case.topk).to(torch.int32),
+    )
+
+
+@dataclass(frozen=True)
+class SparsePrefill:
+    """A sparse prefill problem.
+
+    Args:
+        q: [s_q, h_q, 576] bfloat16, random normal.
+        kvs: copies [s_kv, 1, 576] bfloat16, random normal.
+        indices: [s_q, 1, topk] int32: tokens anywhere, each once.
+    """
+
+    case: Case
+    q: Tensor
+    kvs: tuple[Tensor, ...]
+    indices: Tensor
+
+    @property
+    def copies(self) -> int:
+        return len(self.kvs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def scale(self) -> float:
+        return float(D_QK**-0.5)
+
+    def error(self, out: Tensor, copy: int = 0) -> float:
+        """Largest absolute error of out [s_q, h_q, 512], over the first and last queries."""
+        worst = [0.0]
+        for i in (*range(min(4, self.case.s_q)), self.case.s_q - 1):
+            keys = self.kvs[copy][self.indices[i, 0].long(), 0].double()
+            want = (self.q[i].double() @ keys.T * self.scale).softmax(-1) @ keys[:, :D_V]
+            worst.append(float((out[i].double() - want).abs().max()))
+        return max(worst)
+
+    def side(self) -> Side:
+        """Our call: returns (out, max_logits, lse)."""
+
+        def call(copy: int) -> Any:
+            return flashmla.flash_mla_sparse_fwd(self.q, self.kvs[copy], self.indices, self.scale)
+
+        return call
+
+    def peer(self) -> Side:
+        """The frozen Hopper kernel, whose queries are padded to 64 or 128 heads beforehand."""
+        module = importlib.import_module("flash_mla")
+        heads = next(h for h in _PEER_HEADS if h >= self.case.h_q)
+        q = torch.nn.functional.pad(self.q, (0, 0, 0, heads - self.case.h_q))
+
+        def call(copy: int) -> Any:
+            out, *rows = module.flash_mla_sparse_fwd(
+                q, self.kvs[copy], self.indices, self.scale, use_legacy=True
+            )
+            return out[:, : self.case.h_q], *rows
+
+        return call
+
+
+def sparse_prefill(case: Case, device: torch.device, seed: int = 0) -> SparsePrefill:
+    """Makes a problem; copies as for dense decode, by the bytes of the latents."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device=device).to(torch.bfloat16)
+
+    chosen = [
+        torch.randperm(case.s_k, generator=g, device=device)[: case.topk].to(torch.int32)
+        for _ in range(case.s_q)
+    ]
+    return SparsePrefill(
+        case=case,
+        q=normal(case.s_q, case.h_q, D_QK),
+        kvs=tuple(normal(case.s_k, 1, D_QK) for _ in range(copies_for(case.bytes_moved, device))),
+        indices=torch.stack(chosen).unsqueeze(1),
     )

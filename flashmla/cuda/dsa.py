@@ -11,14 +11,17 @@ from flashmla.cuda.indexer import (
     topk,
 )
 from flashmla.cuda.sparse import sparse_decode, supports_sparse_decode
+from flashmla.cuda.sparse_prefill import sparse_prefill, supports_sparse_prefill
 
 __all__ = [
     "indexer_logits",
     "indexer_logits_paged",
     "sparse_decode",
+    "sparse_prefill",
     "supports_indexer_logits",
     "supports_indexer_logits_paged",
     "supports_sparse_decode",
+    "supports_sparse_prefill",
     "supports_topk",
     "topk",
 ]

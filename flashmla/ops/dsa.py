@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flashmla.checks import (
     check_block_table,
+    check_bool,
     check_int,
     check_number,
     check_page_strides,
@@ -66,6 +67,7 @@ def _fake_sparse_prefill(
     d_v: int,
     attn_sink: Tensor | None,
     topk_length: Tensor | None,
+    lse_base_2: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     s_q, h_q, _ = q.shape
     row = q.new_empty(s_q, h_q, dtype=torch.float32)
@@ -100,7 +102,7 @@ _sparse_decode = define(
 _sparse_prefill = define(
     "dsa.sparse_prefill",
     "(Tensor q, Tensor kv, Tensor indices, float sm_scale, int d_v, Tensor? attn_sink, "
-    "Tensor? topk_length) -> (Tensor, Tensor, Tensor)",
+    "Tensor? topk_length, bool lse_base_2) -> (Tensor, Tensor, Tensor)",
     _fake_sparse_prefill,
 )
 _indexer_logits = define(
@@ -169,6 +171,8 @@ def flash_mla_sparse_fwd(
     d_v: int = 512,
     attn_sink: Tensor | None = None,
     topk_length: Tensor | None = None,
+    *,
+    lse_base_2: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse prefill: each query attends to the tokens that its indices name.
 
@@ -184,6 +188,8 @@ def flash_mla_sparse_fwd(
         attn_sink: float32 [h_q]: scales the output by exp(lse) / (exp(lse) + exp(sink)) and
             leaves the LSE alone. Such an output can no longer be merged.
         topk_length: int32 [s_q], how many of a query's indices count.
+        lse_base_2: the LSE as a logarithm to base 2, as some published text has it, instead of the
+            natural one. Merge only natural ones. max_logits are the same either way.
 
     Returns:
         (out, max_logits, lse): out [s_q, h_q, 512] in q's dtype; max_logits float32 [s_q, h_q],
@@ -196,7 +202,8 @@ def flash_mla_sparse_fwd(
         ValueError: a wrong rank, shape, device, stride or head size; with ``FLASHMLA_CHECK=1``
             also a topk_length out of range, and an index other than -1 that is.
 
-    Source: ``flashmla/torch/dsa.py``, ``flashmla/triton/sparse.py``.
+    Source: ``flashmla/torch/dsa.py``, ``flashmla/triton/sparse.py``,
+    ``csrc/sm90/sparse_prefill/``.
     """
     dims = "[s_q, h_q, d_qk]"
     check_tensor("q", q, dims, float_dtypes(q))
@@ -214,10 +221,11 @@ def flash_mla_sparse_fwd(
     if topk_length is not None:
         check_tensor("topk_length", topk_length, "[s_q]", (torch.int32,), q.device)
         check_shape("topk_length", topk_length, (s_q,), "[s_q]")
+    base_2 = check_bool("lse_base_2", lse_base_2)
     if values_wanted():
         counted = _counted(indices, topk_length)
         check_range("indices", counted, -1, kv.shape[0] - 1, "a row of kv, or -1 to skip,")
-    return _sparse_prefill(q, kv, indices, scale, d_v, attn_sink, topk_length)
+    return _sparse_prefill(q, kv, indices, scale, d_v, attn_sink, topk_length, base_2)
 
 
 def _counted(indices: Tensor, topk_length: Tensor | None) -> Tensor:

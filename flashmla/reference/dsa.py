@@ -86,11 +86,14 @@ def select(tokens, indices, length=None):
     return tokens[indices[(indices >= 0) & (indices < len(tokens))]]
 
 
-def sparse_prefill(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
+def sparse_prefill(
+    q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, lse_base_2=False
+):
     """Attention of each query with its own list of tokens.
 
     q [s_q, h_q, d_qk], kv [s_kv, 1, d_qk], indices [s_q, 1, topk], attn_sink [h_q],
-    topk_length [s_q] -> out [s_q, h_q, d_v], max_logits [s_q, h_q], lse [s_q, h_q]
+    topk_length [s_q] -> out [s_q, h_q, d_v], max_logits [s_q, h_q], lse [s_q, h_q], natural or
+    to base 2
     """
     s_q, h_q, _ = q.shape
     out, lse = np.zeros((s_q, h_q, d_v)), np.full((s_q, h_q), np.inf)
@@ -100,7 +103,7 @@ def sparse_prefill(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_lengt
         out[i : i + 1], lse[i : i + 1] = mla_decode(q[i : i + 1], tokens, sm_scale, d_v=d_v)
         scores = scaled_scores(q[i : i + 1], tokens, sm_scale)
         max_logits[i] = scores.max(axis=-1, initial=-np.inf)
-    return apply_sink(out, lse, attn_sink), max_logits, lse
+    return apply_sink(out, lse, attn_sink), max_logits, lse / np.log(2.0) if lse_base_2 else lse
 
 
 def sparse_decode(q, cache, indices, d_v, scale=None, attn_sink=None, topk_length=None):

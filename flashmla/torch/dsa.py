@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -59,6 +60,7 @@ def sparse_prefill(
     d_v: int,
     attn_sink: Tensor | None,
     topk_length: Tensor | None,
+    lse_base_2: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of each query with the rows of kv that its indices name."""
 
@@ -66,7 +68,8 @@ def sparse_prefill(
         return kv[index, 0].float()
 
     out, largest, lse = _attend(q, indices[:, 0], kv.shape[0], topk_length, fetch, sm_scale, d_v)
-    return apply_sink(out, lse, attn_sink).to(q.dtype), largest, lse
+    out = apply_sink(out, lse, attn_sink).to(q.dtype)
+    return out, largest, lse / math.log(2.0) if lse_base_2 else lse
 
 
 def _attend(

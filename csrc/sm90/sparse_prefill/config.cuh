@@ -1,0 +1,134 @@
+// Shapes, shared memory, barriers and work of the sparse MLA prefill kernel.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include "../../common/mma.cuh"
+#include "launch.h"
+
+namespace flashmla::sm90::sparse_prefill {
+
+constexpr int kRows = 64;          // heads of one query a CTA: one wgmma tile
+constexpr int kTokens = 64;        // chosen tokens a tile
+constexpr int kDimQk = 576;        // 512 latent (NoPE) + 64 RoPE, which may be missing: then zeros
+constexpr int kDimV = 512;         // the latent is also the value
+constexpr int kHalfV = kDimV / 2;  // output columns a consumer warpgroup owns
+constexpr int kPieceCols = 64;     // 128 bytes a row, the widest swizzle
+constexpr int kPieces = kDimQk / kPieceCols;
+constexpr int kPiecesHalf = kHalfV / kPieceCols;
+constexpr int kPieceElements = kTokens * kPieceCols;
+constexpr int kPieceBytes = kPieceElements * 2;
+constexpr int kRopePiece = kPieces - 1;
+constexpr int kSlots = 5;           // for halves of tiles: two and a half tiles are in flight
+constexpr int kGroups = 2;          // in which the pieces of a half are declared full
+constexpr int kRegisterPieces = 3;  // of Q, with the consumers; the others are in shared memory
+constexpr int kThreads = 384;       // one producer warpgroup, two consumer warpgroups
+constexpr int kProducerThreads = 128;
+constexpr int kConsumerThreads = 256;
+constexpr int kWarps = 4;                       // of a warpgroup
+constexpr int kTokensAWarp = kTokens / kWarps;  // that a producer warp fetches
+// Registers a thread after the warpgroups have traded them: 504 for one thread of each.
+constexpr int kRegistersProducer = 24;
+constexpr int kRegistersConsumer = 240;
+static_assert(kRegistersProducer + 2 * kRegistersConsumer <= 504, "3 x 168 at the start");
+
+// Which pieces of Q stay in registers: one of each half, and RoPE.
+__host__ __device__ constexpr bool in_registers(int piece) {
+  return piece == 3 || piece >= 7;
+}
+__host__ __device__ constexpr int register_piece(int piece) {
+  return piece == 3 ? 0 : piece - 6;
+}
+__host__ __device__ constexpr int shared_piece(int piece) {
+  return piece < 3 ? piece : piece - 1;
+}
+
+// Barriers between warps of this CTA, as CUTLASS numbers them: behind its own eight, of sixteen.
+enum BarrierId : uint32_t {
+  kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits
+  kProbabilitiesOdd = 2,
+  kRowSums = 3,  // both consumers have left their row sums
+  kStaged0 = 4,  // consumer 0 has left its part of the output in shared memory; 5 is consumer 1's
+  kScored0 = 6,  // consumer 0 has read all of its tile's RoPE piece; 7 is consumer 1's
+};
+
+static_assert(kScored0 + 1 + uint32_t(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier) < 16);
+
+// A warp's share of which tokens of a tile count: bit i for its token i.
+using ValidBits = uint16_t;
+static_assert(kTokensAWarp == 16 && kWarps * sizeof(ValidBits) == sizeof(uint64_t));
+
+// A ring holds the halves of tiles, in the order in which they are read first: of each tile the
+// half of V that its scores' consumer owns, then the other's. A half comes free when its owner has
+// multiplied it with P, whichever half that is; that of the last tile when the output that was
+// staged in it is on its way. RoPE, which only the scores need, has places of its own by the parity
+// of the tile, and when the scores are done their P takes its place.
+template <class T>
+struct SharedStorage {
+  alignas(1024) T q[(kPieces - kRegisterPieces) * kPieceElements];  // [6 pieces][64 rows][64]
+  alignas(1024) T half[kSlots][kPiecesHalf * kPieceElements];  // [4 pieces][64 tokens][64] a slot
+  alignas(1024) T rope[2][kPieceElements];                     // [64 tokens][64], P [64 rows][64]
+  alignas(8) ValidBits valid[2][kWarps];                       // by parity of the tile
+  float row_max[2][kRows];                                     // by parity of the tile
+  float row_alpha[2][kRows];                                   // what the tile rescales O by
+  float row_top[2][kRows];                                     // by consumer: the largest score
+  float row_sum[2][2][kRows];                                  // by parity of the item, by consumer
+  uint64_t q_full, q_empty;
+  uint64_t half_full[kSlots][kGroups];
+  uint64_t half_empty[kSlots];
+  uint64_t rope_full[2];
+  uint64_t rope_empty[2];
+};
+static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
+
+// Where the n-th half of all halves lies, and the parity of that round of the ring.
+struct HalfSlot {
+  int slot;
+  uint32_t parity;
+  __device__ __forceinline__ explicit HalfSlot(int n)
+      : slot(static_cast<unsigned>(n) % kSlots), parity(static_cast<unsigned>(n) / kSlots & 1) {}
+};
+
+struct KernelParams {
+  int items;  // queries * row_tiles; a CTA takes every gridDim.x-th
+  int row_tiles;
+  int h_q;
+  int d_qk;  // 576, or 512: no RoPE part
+  int topk;
+  float scale_log2;  // softmax_scale * log2(e): scores go straight to exp2
+  float scale;       // softmax_scale
+  float lse_unit;    // ln 2, or 1 for an LSE in base 2
+  const void* q;     // [queries, h_q, d_qk]
+  int64_t q_stride_query, q_stride_head;
+  const uint8_t* kv;     // [tokens, d_qk]
+  uint32_t kv_stride16;  // in units of 16 bytes
+  uint32_t tokens;       // indices from here on point to nothing
+  const int* indices;    // [queries, topk]
+  int64_t indices_stride;
+  const int* topk_length;  // [queries], or null
+  const float* attn_sink;  // [h_q], or null
+  void* out;               // [queries, h_q, 512]
+  float* max_logits;       // [queries, h_q]
+  float* lse;              // [queries, h_q]
+};
+
+// Up to 64 heads of one query. Its row tiles stand side by side, so that they run at the same time
+// and read the same tokens, once from memory and once from L2.
+struct WorkItem {
+  int query;
+  int first_head;
+  int length;  // of the list
+
+  __device__ __forceinline__ WorkItem(const KernelParams& p, int number)
+      : query(number / p.row_tiles),
+        first_head((number - query * p.row_tiles) * kRows),
+        length(p.topk) {
+    if (p.topk_length != nullptr) length = min(p.topk, max(0, __ldg(p.topk_length + query)));
+  }
+  // 0: nothing to attend to, and the result says so.
+  __device__ __forceinline__ int tiles() const {  // no overflow at INT_MAX
+    return length / kTokens + (length % kTokens > 0);
+  }
+};
+
+}  // namespace flashmla::sm90::sparse_prefill

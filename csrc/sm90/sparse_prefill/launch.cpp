@@ -1,0 +1,11 @@
+#include "launch.h"
+
+#include "instances.h"
+
+namespace flashmla::sm90::sparse_prefill {
+
+void launch(const Args& args, cudaStream_t stream) {
+  (args.is_bf16 ? launch_bf16 : launch_fp16)(args, stream);
+}
+
+}  // namespace flashmla::sm90::sparse_prefill
