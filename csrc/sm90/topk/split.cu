@@ -21,7 +21,6 @@ namespace flashmla::sm90::topk {
 namespace cg = cooperative_groups;
 
 constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
 constexpr int kVectors = 4;                  // 16-byte loads of a thread, all in flight
 constexpr int kCapacity = 8192;              // candidates of a row, the same number from each CTA
 constexpr int kKeptWhole = kCapacity / 2;    // a row that needs no floor
@@ -38,8 +37,8 @@ struct alignas(16) Report {
   int unused;
 };
 
-// The vectors of a row are dealt out in stripes of 32, what a warp reads at once: to the CTAs in
-// turn, so that they all share whatever part of the row the large values are in.
+// The vectors of a row are dealt out two by two, a sector of memory each, to the CTAs in turn: so
+// each has its share of whatever cluster the large values are in, and floors come out alike.
 struct Deal {
   int ranks, rank, batches;
 
@@ -47,26 +46,25 @@ struct Deal {
       : ranks(1 << log_ranks), rank(static_cast<int>(blockIdx.x) % (1 << log_ranks)) {
     batches = (row.count() + (kBatch << log_ranks) - 1) / kBatch >> log_ranks;
   }
-  // The first vector of this warp's stripe j of a batch.
-  __device__ __forceinline__ int stripe(int batch, int j) const {
+  // What a lane of this warp reads as number j of a batch.
+  __device__ __forceinline__ int vector(int batch, int j, int lane) const {
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    return (((warp * kVectors + j) * batches + batch) * ranks + rank) * 32;
+    const int read = (warp * kVectors + j) * batches + batch;  // of 16 sectors
+    return ((read * 16 + lane / 2) * ranks + rank) * 2 + lane % 2;
   }
   __device__ __forceinline__ int vector(int batch, int j) const {
-    return stripe(batch, j) + static_cast<int>(threadIdx.x) % 32;
+    return vector(batch, j, static_cast<int>(threadIdx.x) % 32);
   }
-  // Elements in every fourth vector of a batch, the sample, but for a stripe that the end cuts.
+  // Elements in the sample: every fourth vector of a batch.
   __device__ __forceinline__ int sampled(const Row& row) const {
-    const int whole = row.count() / 32 - rank;  // stripes from this CTA's first on
-    const int step = batches * ranks;
-    return max(1, min(kVectors * kWarps, (whole + step - 1) / step)) * (128 / kVectors);
+    return max(1, row.length / (kVectors * ranks * batches));
   }
 };
 
 __device__ __forceinline__ void load_batch(const Row& row, const Deal& deal, int batch,
                                            float4 (&x)[kVectors]) {
-  if (deal.stripe(batch, 0) >= row.whole_begin() &&
-      deal.stripe(batch, kVectors - 1) + 32 <= row.whole_end()) {
+  if (deal.vector(batch, 0, 0) >= row.whole_begin() &&
+      deal.vector(batch, kVectors - 1, 31) < row.whole_end()) {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) x[j] = row.load_whole(deal.vector(batch, j));
   } else {
@@ -80,9 +78,9 @@ __device__ __forceinline__ void load_batch(const Row& row, const Deal& deal, int
 }
 
 // The value that enough elements of the row should reach, from one of each thread's vectors: from
-// another one in neighbouring lanes, since large values come in clusters that whole stripes may
-// miss. Where the elements of the bin lie within it is not asked unless they are many: a guess will
-// do. Also leaves the sample's largest value in the scratch.
+// another one in neighbouring lanes, since large values come in clusters. Where the elements of the
+// bin lie within it is not asked unless they are many: a guess will do. Also leaves the sample's
+// largest value in the scratch.
 __device__ __forceinline__ Window sampled_window(const Row& row, int k,
                                                  const float4 (&vectors)[kVectors], int sample,
                                                  Work& scratch) {
