@@ -56,14 +56,19 @@ struct Work {
   }
 };
 
+// Places for a consumer's rows of Q. One more than there are consumers: a block's first rows arrive
+// while the block before is at work, the others as soon as the consumer before has done its scores.
+constexpr int kPlacesQ = kConsumers + 1;
+
 template <class T, int kDimQk>
 struct SharedStorage {
   // As many pieces as fit beside Q; whatever is left of the 227 KB holds the barriers.
-  static constexpr int kSlots = (232448 - kBlockRows * kDimQk * 2 - 1024) / (kPieceElements * 2);
+  static constexpr int kSlots =
+      (232448 - kPlacesQ * kRows * kDimQk * 2 - 1024) / (kPieceElements * 2);
 
-  alignas(1024) T q[kConsumers][kPiecesQk<kDimQk>][kRows * kPieceCols];  // [3][d/64][64 rows][64]
+  alignas(1024) T q[kPlacesQ][kPiecesQk<kDimQk>][kRows * kPieceCols];  // [4][d/64][64 rows][64]
   alignas(1024) T ring[kSlots][kPieceElements];
-  uint64_t q_full[kConsumers], q_empty[kConsumers];
+  uint64_t q_full[kPlacesQ], q_empty[kPlacesQ];
   uint64_t ring_full[kSlots], ring_empty[kSlots];
   uint64_t work_full[kBlocksAhead], work_empty[kBlocksAhead];
   Work work[kBlocksAhead];

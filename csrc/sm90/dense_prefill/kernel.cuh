@@ -53,28 +53,26 @@ __device__ __forceinline__ void produce_kv(const KernelParams& p, SharedStorage<
   }
 }
 
-// Fetches each consumer's rows of Q as soon as it has computed its last scores with the ones
-// before.
+// Fetches each consumer's rows of Q, in the consumers' order, as soon as there is a place for them.
 template <class T, int kDimQk>
 __device__ __forceinline__ void produce_q(const KernelParams& p, SharedStorage<T, kDimQk>& shared,
                                           const CUtensorMap& q_map) {
   constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
   WorkQueue<T, kDimQk> queue(shared);
-  uint32_t parity = 0;
+  RingPlace<kPlacesQ> place;
   for (;; queue.pop(true)) {
     const Work work = queue.front();
     if (work.head < 0) return;
     if (work.tiles(work.row + kBlockRows - 1, p.causal) == 0) continue;
-    for (int c = 0; c < kConsumers; ++c) {
-      Barrier::wait(&shared.q_empty[c], parity ^ 1);
-      Barrier::arrive_and_expect_tx(&shared.q_full[c], sizeof(shared.q[c]));
+    for (int c = 0; c < kConsumers; ++c, place.advance()) {
+      uint64_t* full = &shared.q_full[place.slot];
+      Barrier::wait(&shared.q_empty[place.slot], place.parity ^ 1);
+      Barrier::arrive_and_expect_tx(full, sizeof(shared.q[0]));
       for (int i = 0; i < kPiecesQk<kDimQk>; ++i) {
-        cute::SM90_TMA_LOAD_3D::copy(&q_map, &shared.q_full[c], kHint, shared.q[c][i],
-                                     i * kPieceCols, work.head,
-                                     work.first_query + work.row + c * kRows);
+        cute::SM90_TMA_LOAD_3D::copy(&q_map, full, kHint, shared.q[place.slot][i], i * kPieceCols,
+                                     work.head, work.first_query + work.row + c * kRows);
       }
     }
-    parity ^= 1;
   }
 }
 
@@ -96,7 +94,7 @@ struct Consumer {
   const int thread = threadIdx.x % 128;
   const int row = thread / 32 * 16 + thread % 32 / 4;  // of the 64; and row + 8
   Place place;
-  uint32_t q_parity = 0;
+  RingPlace<kPlacesQ> q_place{index};
 
   template <int kWidth>
   using ScoresMma = decltype(cute::make_tiled_mma(
@@ -143,7 +141,7 @@ struct Consumer {
     cute::warpgroup_arrive();
     CUTE_UNROLL
     for (int i = 0; i < kPiecesQk<kDimQk>; ++i, at.advance()) {
-      auto q = cute::make_tensor(cute::make_smem_ptr(shared.q[index][i]), PieceQ{});
+      auto q = cute::make_tensor(cute::make_smem_ptr(shared.q[q_place.slot][i]), PieceQ{});
       auto k =
           cute::make_tensor(cute::make_smem_ptr(shared.ring[at.slot]), SwizzledTile<T, kWidth>{});
       gemm_k_loop(mma, thread_mma.partition_fragment_A(q), thread_mma.partition_fragment_B(k), s);
@@ -203,7 +201,7 @@ struct Consumer {
     auto s = partition_fragment_C(ScoresMma<kWidth>{}, Shape<Int<kRows>, Int<kWidth>>{});
     // region: consumer_tile
     compute_scores<kWidth>(s);
-    if (j == 0) release(&shared.q_empty[index]);
+    if (j == 0) release(&shared.q_empty[q_place.slot]);
     if (j * kTokens + kWidth > limits.lowest) {
       OnlineSoftmax::mask(s, j * kTokens, limits.of_rows);
     }
@@ -247,7 +245,7 @@ struct Consumer {
     const int all_tiles = work.tiles(work.row + kBlockRows - 1, p.causal);
     const int tiles = work.tiles(first_row + kRows - 1, p.causal);
 
-    if (all_tiles > 0) Barrier::wait(&shared.q_full[index], q_parity);
+    if (all_tiles > 0) Barrier::wait(&shared.q_full[q_place.slot], q_place.parity);
     // region: consumer_loop
     int j = all_tiles - 1;
     for (; j >= tiles; --j) skip_tile();
@@ -258,8 +256,8 @@ struct Consumer {
     for (; j >= 0; --j) run_tile<kTokens>(work, j, limits, softmax, o);
     // endregion: consumer_loop
     if (all_tiles > 0) {
-      if (tiles == 0) release(&shared.q_empty[index]);
-      q_parity ^= 1;
+      if (tiles == 0) release(&shared.q_empty[q_place.slot]);
+      for (int i = 0; i < kConsumers; ++i) q_place.advance();
     }
     store_result<T>(p, work, first_row + row, o, softmax.max, softmax.reduced_sum());
   }
@@ -277,9 +275,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     cute::prefetch_tma_descriptor(&q_map);
     cute::prefetch_tma_descriptor(&k_map);
     cute::prefetch_tma_descriptor(&v_map);
-    for (int c = 0; c < kConsumers; ++c) {
-      Barrier::init(&shared.q_full[c], 1);
-      Barrier::init(&shared.q_empty[c], 4);  // one arrival a warp
+    for (int i = 0; i < kPlacesQ; ++i) {
+      Barrier::init(&shared.q_full[i], 1);
+      Barrier::init(&shared.q_empty[i], 4);  // one arrival a warp
     }
     for (int i = 0; i < SharedStorage<T, kDimQk>::kSlots; ++i) {
       Barrier::init(&shared.ring_full[i], 1);
