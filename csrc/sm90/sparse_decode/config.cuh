@@ -92,7 +92,8 @@ struct Pages {
   const PlanRow* plan;
   int plan_stride;  // rows from one part to the next
   const int* num_splits;
-  int slots;  // for partial results
+  int slots;   // for partial results
+  bool pairs;  // neighbouring CTAs share their tiles, and so walk the same ones
 };
 
 struct KernelParams {

@@ -13,7 +13,9 @@
 
 #include <cuda_fp8.h>
 #include <cutlass/numeric_conversion.h>
+#include <cute/arch/cluster_sm90.hpp>
 
+#include "../../common/cluster.cuh"
 #include "../../common/memory.cuh"
 #include "../../common/registers.cuh"
 #include "produce.cuh"
@@ -38,12 +40,18 @@ __device__ __forceinline__ uint4 dequantise(uint32_t low, uint32_t high, float s
 }
 // endregion: dequantise
 
-template <class T, class Source>
-struct Fp8Producer {
+// kPair: the CTA and its neighbour in a cluster of two work on the same tokens for other query
+// rows. Each converts half of them, and stores what comes of it on both sides.
+template <class T, class Source, bool kPair>
+struct Fp8ProducerOf {
+  static constexpr bool kIsPair = kPair;
   static constexpr int kTokenBytes = 656;
-  static constexpr int kScaleBytes = 512;          // where the scales begin
-  static constexpr int kRopeBytes = 528;           // where the RoPE part begins
-  static constexpr int kLoads = kTokensAWarp / 2;  // of a thread: half the columns of a token each
+  static constexpr int kScaleBytes = 512;                             // where the scales begin
+  static constexpr int kRopeBytes = 528;                              // where the RoPE part begins
+  static constexpr int kTokensHere = kTokensAWarp / (kPair ? 2 : 1);  // that a warp converts
+  static constexpr int kLoads = kTokensHere / 2;  // of a thread: half the columns of a token each
+  static constexpr uint32_t kRemoteBytes =        // of a half tile, a warp's share
+      kPair ? kTokensHere * kHalfV * sizeof(T) : 0;
   static_assert(sizeof(T) == 2, "tiles hold 16-bit numbers");
 
   const KernelParams& p;
@@ -56,8 +64,11 @@ struct Fp8Producer {
   __device__ __forceinline__ int lane() const { return thread % 32; }
   __device__ __forceinline__ int first_token() const { return warp() * kTokensAWarp; }
   __device__ __forceinline__ int column() const { return thread % 16; }  // of 16 codes
-  // A load fetches half the columns of token r, and for the upper lanes of token r + 8.
-  __device__ __forceinline__ int pair() const { return lane() / 16 * kLoads; }
+  // A load fetches half the columns of token r, and for the upper lanes of token r + kLoads, from
+  // the first one that is converted here on.
+  __device__ __forceinline__ int pair() const {
+    return lane() / 16 * kLoads + (kPair ? blockIdx.x % 2 * kTokensHere : 0);
+  }
 
   // A lane's offset is that of the warp's token lane % 16. First all exchanges, then all loads: a
   // wait for an exchange in between might share its scoreboard with a load, and wait for that too.
@@ -78,17 +89,24 @@ struct Fp8Producer {
     return load_float_once(token_address(p, of_lane) + at, of_lane != kNowhere);
   }
 
-  __device__ __forceinline__ void store(const uint4 (&codes)[kLoads], float scales,
-                                        uint32_t stage) const {
+  __device__ __forceinline__ void store(const uint4 (&codes)[kLoads], float scales, uint32_t stage,
+                                        uint32_t full) const {
+    const uint32_t neighbour = blockIdx.x % 2 ^ 1;
+    const uint32_t apart = kPair ? cute::set_block_rank(stage, neighbour) - stage : 0;
+    const uint32_t full_there = kPair ? cute::set_block_rank(full, neighbour) : 0;
     const int piece = half() * kPiecesHalf + column() / 8 * 2;
-    // Of token `pair`, whose row is a multiple of 8; for row r more the chunk is another, by xor.
+    // Of token `pair`; for row r more, which is in the same eight, the chunk is another, by xor.
     const uint32_t first = stage + chunk_offset_bytes(piece, first_token() + pair(), column() % 8);
     CUTE_UNROLL
     for (int r = 0; r < kLoads; ++r) {
       const float scale = __shfl_sync(0xffffffffu, scales, column() / 8 * 16 + pair() + r);
       const uint32_t to = (first ^ (r * 16)) + r * 128;
-      store_shared_16(to, dequantise<T>(codes[r].x, codes[r].y, scale));
-      store_shared_16(to + kPieceBytes, dequantise<T>(codes[r].z, codes[r].w, scale));
+      const uint4 even = dequantise<T>(codes[r].x, codes[r].y, scale);
+      store_shared_16(to, even);
+      if (kPair) store_remote_16(to + apart, even, full_there);
+      const uint4 odd = dequantise<T>(codes[r].z, codes[r].w, scale);
+      store_shared_16(to + kPieceBytes, odd);
+      if (kPair) store_remote_16(to + apart + kPieceBytes, odd, full_there);
     }
   }
 
@@ -140,8 +158,10 @@ struct Fp8Producer {
         start_query<Source>(p, shared, step);
       }
       Barrier::wait(&shared.kv_empty[stage][half()], (count / kStages & 1) ^ 1);
-      store(codes, scales, cute::cast_smem_ptr_to_uint(shared.kv[stage]));
-      declare_full(&shared.kv_full[stage][half()]);
+      uint64_t* full = &shared.kv_full[stage][half()];
+      store(codes, scales, cute::cast_smem_ptr_to_uint(shared.kv[stage]),
+            cute::cast_smem_ptr_to_uint(full));
+      declare_full(full, kRemoteBytes);
       cutlass::arch::cp_async_wait<0>();
       declare_full(&shared.rope_full[count % kRopeStages]);
 
@@ -155,5 +175,10 @@ struct Fp8Producer {
     // endregion: producer
   }
 };
+
+template <class T, class Source>
+using Fp8Producer = Fp8ProducerOf<T, Source, false>;
+template <class T, class Source>
+using Fp8PairProducer = Fp8ProducerOf<T, Source, true>;
 
 }  // namespace flashmla::sm90::sparse_decode

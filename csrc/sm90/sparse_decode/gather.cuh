@@ -8,6 +8,7 @@ namespace flashmla::sm90::sparse_decode {
 
 template <class T, class Source>
 struct GatherProducer {
+  static constexpr bool kIsPair = false;
   static constexpr int kTokenBytes = kDimQk * 2;
   static_assert(sizeof(T) == 2, "tiles hold 16-bit numbers");
   const KernelParams& p;

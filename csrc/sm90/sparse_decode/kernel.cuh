@@ -7,7 +7,9 @@
 // (dequant.cuh, gather.cuh). Two more multiply, as in dense decode: the 64 x 512 float32 output
 // fills half the register file, so each owns 256 of its columns, and they take turns with the
 // scores: the owner of tile j computes S_j and P_j and publishes P_j; then both multiply it with
-// their half of V_j. NOTES.md tells how this came about.
+// their half of V_j. Where two CTAs work on the same tokens for different rows, they can be a
+// cluster, and each converts half of the tokens for both (kPair). NOTES.md tells how this came
+// about.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -42,7 +44,7 @@ struct Tiles {
 
 // One of the two consumer warpgroups. `kMine` is 0 or 1: the parity of the tiles whose scores it
 // computes, and the half of the output columns it owns.
-template <class T, class Source, int kMine>
+template <class T, class Source, int kMine, bool kPair>
 struct Consumer {
   static constexpr int kOther = kMine ^ 1;
 
@@ -144,7 +146,9 @@ struct Consumer {
 
   // This consumer is through with tile j.
   __device__ __forceinline__ void release_tile(int j) {
-    release(&shared.kv_empty[stage(j)][kMine]);
+    uint64_t* empty = &shared.kv_empty[stage(j)][kMine];
+    release(empty);
+    if (kPair && thread % 32 == 0) Barrier::arrive(empty, blockIdx.x % 2 ^ 1, 1);
     release(&shared.rope_empty[rope_stage(j)]);
   }
 
@@ -237,33 +241,37 @@ struct Consumer {
   }
 };
 
-template <class T, class Source, int kMine>
+// All CTAs of the cluster.
+__device__ __forceinline__ void meet() {
+  cute::cluster_arrive();
+  cute::cluster_wait();
+}
+
+template <class T, class Source, int kMine, bool kPair>
 __device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared) {
-  Consumer<T, Source, kMine> consumer{p, shared};
+  Consumer<T, Source, kMine, kPair> consumer{p, shared};
   if constexpr (Source::kPaged) {
     PagedWorkList list(p);
     for (PagedItem work; list.next(work);) consumer.run_item(work);
-    return;
   } else {
     for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
       consumer.run_item(work_item(p, number));
     }
-    if (!p.merges) return;
-    // The producers are gone by now or go soon: the barrier does not wait for threads that have
-    // left.
-    cute::cluster_arrive();
-    cute::cluster_wait();
-    const int number = blockIdx.x, thread = threadIdx.x - kProducerThreads;
-    switch (p.splits) {
-      case 2:
-        return merge_share<T, 2>(p, number, thread);
-      case 4:
-        return merge_share<T, 4>(p, number, thread);
-      case 8:
-        return merge_share<T, 8>(p, number, thread);
-      case 16:
-        return merge_share<T, 16>(p, number, thread);
-    }
+  }
+  if (kPair) return meet();  // the neighbour may still let go of tiles here
+  if (Source::kPaged || !p.merges) return;
+  // The producers are gone by now or go soon: the barrier does not wait for threads that have left.
+  meet();
+  const int number = blockIdx.x, thread = threadIdx.x - kProducerThreads;
+  switch (p.splits) {
+    case 2:
+      return merge_share<T, 2>(p, number, thread);
+    case 4:
+      return merge_share<T, 4>(p, number, thread);
+    case 8:
+      return merge_share<T, 8>(p, number, thread);
+    case 16:
+      return merge_share<T, 16>(p, number, thread);
   }
 }
 
@@ -272,12 +280,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     sparse_decode_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<SharedStorage<T>*>(raw);
+  constexpr bool kPair = Producer<T, Source>::kIsPair;
   if (threadIdx.x == 0) {
     Barrier::init(&shared.q_empty, 2 * kWarps);  // of the consumers
     for (int s = 0; s < kStages; ++s) {
       for (int h = 0; h < kHalves; ++h) {
-        Barrier::init(&shared.kv_full[s][h], kWarps);   // of the producer of this half
-        Barrier::init(&shared.kv_empty[s][h], kWarps);  // of its consumer
+        Barrier::init(&shared.kv_full[s][h], kWarps);  // of the producer of this half
+        // of its consumer, and of the neighbour's
+        Barrier::init(&shared.kv_empty[s][h], kPair ? 2 * kWarps : kWarps);
       }
     }
     for (int s = 0; s < kRopeStages; ++s) {
@@ -287,6 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
+  if (kPair) meet();
 
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup < 2) {
@@ -294,10 +305,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     Producer<T, Source>{p, shared}.run();
   } else if (warpgroup == 2) {
     cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
-    consume<T, Source, 0>(p, shared);
+    consume<T, Source, 0, kPair>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
-    consume<T, Source, 1>(p, shared);
+    consume<T, Source, 1, kPair>(p, shared);
   }
 }
 

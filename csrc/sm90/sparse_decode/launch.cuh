@@ -1,4 +1,5 @@
-// Launch of the sparse decode kernel for one element type and cache format.
+// Launch of the sparse decode kernel for one element type and cache format. A producer that works
+// in pairs wants an even number of row tiles, and of lists that they are whole.
 #pragma once
 
 #include <algorithm>
@@ -88,6 +89,12 @@ void launch_lists(const Args& a, cudaStream_t stream) {
     config.gridDim = dim3(std::min(p.items, a.sms));
     config.numAttrs = 0;
   }
+  if (Producer<T, ListSource>::kIsPair) {
+    cluster.val.clusterDim = {2, 1, 1};
+    config.gridDim = dim3(std::min(p.items, a.sms / 2 * 2));
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
   FLASHMLA_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, p));
   if (a.splits > 1 && !p.merges) launch_combine(a, stream);
 }
@@ -110,14 +117,24 @@ void launch_pages(const PagedArgs& a, cudaStream_t stream) {
   pages.plan_stride = a.plan_stride;
   pages.num_splits = a.num_splits;
   pages.slots = a.partials.slots;
+  pages.pairs = Producer<T, PagedSource>::kIsPair;
   p.out_partial = a.partials.out;
   p.lse_partial = a.partials.lse;
 
   constexpr int kShared = sizeof(SharedStorage<T>);
   constexpr auto kKernel = &sparse_decode_kernel<T, PagedSource, Producer>;
   allow_shared_memory<kKernel>(kShared);
-  kKernel<<<dim3(p.row_tiles, a.parts), kThreads, kShared, stream>>>(p);
-  FLASHMLA_CUDA_CHECK(cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(p.row_tiles, a.parts);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {2, 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = pages.pairs ? 1 : 0;
+  FLASHMLA_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, p));
 }
 
 }  // namespace flashmla::sm90::sparse_decode

@@ -7,17 +7,23 @@
 
 namespace flashmla::sm90::sparse_decode {
 
-using Barrier = cutlass::arch::ClusterBarrier;  // mbarrier
+using Barrier = cutlass::arch::ClusterTransactionBarrier;  // mbarrier
 
 __device__ __forceinline__ const uint8_t* token_address(const KernelParams& p, uint32_t offset) {
   return p.k_cache + static_cast<uint64_t>(offset) * 16;
 }
 
-// By all threads of a producer warp, each after its stores: the group may be read by wgmma.
-__device__ __forceinline__ void declare_full(uint64_t* barrier) {
+// By all threads of a producer warp, each after its stores: the group may be read by wgmma. It is
+// full when `remote_bytes` more have come from another CTA.
+__device__ __forceinline__ void declare_full(uint64_t* barrier, uint32_t remote_bytes = 0) {
   cutlass::arch::fence_view_async_shared();
   __syncwarp();
-  if (threadIdx.x % 32 == 0) Barrier::arrive(barrier);
+  if (threadIdx.x % 32 != 0) return;
+  if (remote_bytes > 0) {
+    Barrier::arrive_and_expect_tx(barrier, remote_bytes);
+  } else {
+    Barrier::arrive(barrier);
+  }
 }
 
 // Q of an item, [64 rows, 576], by all producers; rows that do not exist become zeros. Left

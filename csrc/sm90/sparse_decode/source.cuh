@@ -196,8 +196,9 @@ class PagedWorkList {
     const int chunk = plan.chunk_tiles;
     const bool more = chunk > 0 && chunk < end - tile_;
     if (more) end = tile_ + chunk;
-    // No row of this CTA sees past its last row's limit.
-    const int seen = min(end, tiles_of(key_limit(p_, seqlen, w.first_row + kRows - 1)));
+    // No row of this CTA, or of the pair of CTAs, sees past its last row's limit.
+    const int last_row = (blockIdx.x | (pages.pairs ? 1 : 0)) * kRows + kRows - 1;
+    const int seen = min(end, tiles_of(key_limit(p_, seqlen, last_row)));
     w.tiles = max(0, seen - tile_);
     const int first_slot = pages.num_splits[r];
     w.is_whole = pages.num_splits[r + 1] - first_slot == 1;
