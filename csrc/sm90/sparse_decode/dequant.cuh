@@ -161,9 +161,9 @@ struct Fp8ProducerOf {
       uint64_t* full = &shared.kv_full[stage][half()];
       store(codes, scales, cute::cast_smem_ptr_to_uint(shared.kv[stage]),
             cute::cast_smem_ptr_to_uint(full));
+      cutlass::arch::cp_async_wait<0>();  // RoPE, asked for a tile ago
       declare_full(full, kRemoteBytes);
-      cutlass::arch::cp_async_wait<0>();
-      declare_full(&shared.rope_full[count % kRopeStages]);
+      if (lane() == 0) Barrier::arrive(&shared.rope_full[count % kRopeStages]);
 
       if (next_step == kEnd) break;
       forget(thread);
