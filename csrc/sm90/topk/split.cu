@@ -24,6 +24,7 @@ constexpr int kThreads = 1024;
 constexpr int kVectors = 4;                  // 16-byte loads of a thread, all in flight
 constexpr int kCapacity = 8192;              // candidates of a row, the same number from each CTA
 constexpr int kKeptWhole = kCapacity / 2;    // a row that needs no floor
+constexpr int kLine = 8;                     // vectors
 constexpr int kBatch = kVectors * kThreads;  // vectors that a CTA asks for at once
 constexpr int kMaxRanks = 8;                 // CTAs of a cluster, as every card allows
 constexpr int kMinSlice = 8192;              // elements that are worth a CTA of their own
@@ -37,8 +38,8 @@ struct alignas(16) Report {
   int unused;
 };
 
-// The vectors of a row are dealt out two by two, a sector of memory each, to the CTAs in turn: so
-// each has its share of whatever cluster the large values are in, and floors come out alike.
+// The vectors of a row are dealt out by lines of 128 bytes, to the CTAs in turn: so each has its
+// share of whatever clusters the large values are in, and their floors come out alike.
 struct Deal {
   int ranks, rank, batches;
 
@@ -49,8 +50,8 @@ struct Deal {
   // What a lane of this warp reads as number j of a batch.
   __device__ __forceinline__ int vector(int batch, int j, int lane) const {
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int read = (warp * kVectors + j) * batches + batch;  // of 16 sectors
-    return ((read * 16 + lane / 2) * ranks + rank) * 2 + lane % 2;
+    const int read = (warp * kVectors + j) * batches + batch;
+    return ((read * (32 / kLine) + lane / kLine) * ranks + rank) * kLine + lane % kLine;
   }
   __device__ __forceinline__ int vector(int batch, int j) const {
     return vector(batch, j, static_cast<int>(threadIdx.x) % 32);
