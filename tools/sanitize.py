@@ -179,11 +179,13 @@ def dense_decode_fp8(device: str) -> None:
 
 
 def sparse_prefill(device: str) -> None:
-    from cases import SPARSE_PREFILL_CASES
+    """The tests' cases, and one in which every SM has several queries."""
+    from cases import SPARSE_PREFILL_CASES, SparsePrefillCase
 
     import flashmla
 
-    for case in SPARSE_PREFILL_CASES:
+    many = SparsePrefillCase("many", s_q=200, h_q=100, topk=70, sink=True)
+    for case in (*SPARSE_PREFILL_CASES, many):
         x = case.build(device)
         flashmla.flash_mla_sparse_fwd(
             x.q, x.kv, x.indices, x.scale, 512, x.attn_sink, x.topk_length
