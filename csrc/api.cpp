@@ -121,9 +121,9 @@ bool dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
   const bool chunked = a.plan_stride == 2;
   if (b == 0 || a.shape.s_q == 0 || h_kv == 0 || a.shape.h_q == 0 || a.shape.h_q % h_kv != 0 ||
       (q.ndim() == 4 && (q.size(0) != b || q.size(1) != a.shape.s_q || q.size(2) != a.shape.h_q)) ||
-      !pack_rows(q, a) || !aligned(q) || out.size(3) != kHeadDimV || !out.IsContiguous() ||
-      lse.size(0) != b || lse.size(1) != a.shape.h_q || lse.size(2) != a.shape.s_q ||
-      !lse.IsContiguous()) {
+      !pack_rows(q, a) || !aligned(q) || !aligned(out) || out.size(3) != kHeadDimV ||
+      !out.IsContiguous() || lse.size(0) != b || lse.size(1) != a.shape.h_q ||
+      lse.size(2) != a.shape.s_q || !lse.IsContiguous()) {
     return false;
   }
   // Within a page tokens and heads are packed; the stride between pages is free.

@@ -41,17 +41,29 @@ __host__ __device__ constexpr int shared_piece(int piece) {
 enum BarrierId : uint32_t {
   kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits
   kProbabilitiesOdd = 2,
-  kRowSums = 3,    // both consumers have left their row sums
-  kTailZero0 = 4,  // consumer 0 has zeroed the tail of its half of V; 5 is consumer 1's
-  kScored0 = 6,    // consumer 0 has read all of its tile's RoPE piece; 7 is consumer 1's
+  kBothConsumers = 3,  // have taken Q into registers, or left their row sums
+  kTailZero0 = 4,      // consumer 0 has zeroed the tail of its half of V; 5 is consumer 1's
+  kScored0 = 6,        // consumer 0 has read all of its tile's RoPE piece; 7 is consumer 1's
 };
 
 static_assert(kScored0 + 1 + uint32_t(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier) < 16);
 
+// Every stretch of tiles of one request that this CTA computes: the plan's row, walked.
+struct WorkItem {
+  int request;  // none, and no more items, below zero
+  int first_tile;
+  int tiles;  // 0: nothing to attend to, and the result says so
+  int seqlen;
+  int splits;  // of the request, over all parts
+  int slot;    // of the partial result, when splits > 1
+};
+
 // A ring holds the halves of tiles, in the order in which they are read first: of each tile the
 // half of V that its scores' consumer owns, then the other's. A half comes free when its owner has
 // multiplied it with P, whichever half that is. RoPE, which only the scores need, has places of its
-// own by the parity of the tile, and when the scores are done their P takes its place.
+// own by the parity of the tile, and when the scores are done their P takes its place. Before an
+// item's tiles the pieces of Q that are bound for registers pass through the ring, as one half; and
+// the half that a consumer reads last is where it puts O in order, before that comes free.
 template <class T>
 struct SharedStorage {
   alignas(1024) T q[(kPieces - kRegisterPieces) * kPieceElements];  // [6 pieces][64 rows][64]
@@ -60,23 +72,14 @@ struct SharedStorage {
   float row_max[2][kRows];                                     // by parity of the tile
   float row_alpha[2][kRows];                                   // what the tile rescales O by
   float row_sum[2][2][kRows];                                  // by parity of the item, by consumer
-  uint64_t q_full, q_empty;
+  WorkItem items[2];                                           // by parity of the item
+  uint64_t q_full, q_empty;  // of Q, and of the item that it belongs to
   uint64_t half_full[kSlots][kPiecesHalf];
   uint64_t half_empty[kSlots];
   uint64_t rope_full[2];
   uint64_t rope_empty[2];
 };
 static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
-
-// Every stretch of tiles of one request that this CTA computes: the plan's row, walked.
-struct WorkItem {
-  int request;
-  int first_tile;
-  int tiles;  // 0: nothing to attend to, and the result says so
-  int seqlen;
-  int splits;  // of the request, over all parts
-  int slot;    // of the partial result, when splits > 1
-};
 
 // Where the n-th half of all halves lies, and the parity of that round of the ring.
 struct HalfSlot {
@@ -115,9 +118,8 @@ __device__ __forceinline__ int key_limit(const KernelParams& p, int seqlen, int 
   return p.causal ? seqlen - (p.shape.s_q - 1 - s) : seqlen;
 }
 
-// Walks the items of this CTA: its share of each request, or each chunk of it. Producer and
-// consumers walk the same list. A plan that was made for another batch gives wrong results, but
-// nothing outside the tensors is read or written.
+// Walks the items of this CTA: its share of each request, or each chunk of it. A plan that was made
+// for another batch gives wrong results, but nothing outside the tensors is read or written.
 class WorkList {
  public:
   __device__ __forceinline__ explicit WorkList(const KernelParams& p)

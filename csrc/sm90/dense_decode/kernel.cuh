@@ -73,8 +73,7 @@ struct Consumer {
   const int thread = threadIdx.x % 128;
   const int row = thread / 32 * 16 + thread % 32 / 4;  // and row + 8
   int tile_count = 0;
-  int item_count = 0;   // of items that have tiles
-  int sums_parity = 0;  // of all items: a place for row sums is written again two items later
+  int half_count = 0;  // halves that the ring has held before tile 0 of this item
 
   typename Tiles<T>::Scores scores_mma;
   typename Tiles<T>::ScoresFromRegisters scores_mma_rs;
@@ -86,39 +85,39 @@ struct Consumer {
   }
   // The halves of tile j: of the consumer that computes its scores, and of the other.
   __device__ __forceinline__ HalfSlot owners_half(int j) const {
-    return HalfSlot((tile_count + j) * 2);
+    return HalfSlot(half_count + j * 2);
   }
   __device__ __forceinline__ HalfSlot others_half(int j) const {
-    return HalfSlot((tile_count + j) * 2 + 1);
+    return HalfSlot(half_count + j * 2 + 1);
   }
   __device__ __forceinline__ int rope_slot(int j) const { return (tile_count + j) & 1; }
   __device__ __forceinline__ T* p_tile(int j) const { return shared.rope[rope_slot(j)]; }
 
-  // Three pieces of q [64 rows, 576] from global memory, as operands from registers: of each block
-  // of 16 columns two neighbours, in two row halves and two halves of the columns.
+  // Three pieces of q [64 rows, 576] as operands from registers. They come through the ring.
   template <class Queries>
-  __device__ __forceinline__ void load_queries(const WorkItem& work, Queries& q) const {
-    const int64_t head = static_cast<int64_t>(work.request) * p.shape.h_kv + blockIdx.y;
-    const T* base = static_cast<const T*>(p.q) + head * p.q_stride_batch + thread % 4 * 2;
+  __device__ __forceinline__ void load_queries(Queries& q) {
+    const HalfSlot at(half_count++);
+    Barrier::wait(&shared.half_full[at.slot][0], at.parity);
+    const int lane = thread % 32;
+    const int matrix_row = thread / 32 * 16 + lane % 16;
     CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int r = blockIdx.x * kRows + row + 8 * h;
-      const T* from = base + r * p.q_stride_row;
-      CUTE_UNROLL
-      for (int piece = 0; piece < kPieces; ++piece) {
-        if (!in_registers(piece)) continue;
-        const bool exists = r < p.shape.rows() && piece * kPieceCols < p.d_qk;
-        CUTE_UNROLL
-        for (int i = 0; i < 8; ++i) {  // eight columns
-          const auto* at = reinterpret_cast<const uint32_t*>(from + piece * kPieceCols + i * 8);
-          reinterpret_cast<uint32_t&>(q(register_piece(piece) * 32 + i * 4 + h * 2)) =
-              exists ? __ldg(at) : 0u;
-        }
-      }
+    for (int i = 0; i < kRegisterPieces * kPieceCols / 16; ++i) {  // 16 columns
+      const int chunk = (i % 4 * 2 + lane / 16) ^ (matrix_row % 8);
+      const T* from = shared.half[at.slot] + i / 4 * kPieceElements + matrix_row * kPieceCols;
+      auto* to = reinterpret_cast<uint32_t*>(&q(i * 8));
+      cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(from + chunk * 8),
+                                    to[0], to[1], to[2], to[3]);
     }
+    // TMA overwrites what was read here. The loads may still queue behind the stores of the item
+    // before, for longer than a tile takes to arrive; a barrier between warps does not wait for
+    // them.
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads, kBothConsumers);
+    if (kMine == 0) release(&shared.half_empty[at.slot]);
   }
 
-  // S[64 rows, 64 tokens] = Q Kᵀ for tile j, left running. 36 wgmma, four for each piece.
+  // S[64 rows, 64 tokens] = Q Kᵀ for tile j but for RoPE, left running. 32 wgmma, four for each
+  // piece.
   template <class Scores, class Queries>
   __device__ __forceinline__ void start_scores(int j, Scores& s, const Queries& q) {
     auto thread_mma = scores_mma.get_thread_slice(thread);
@@ -130,17 +129,11 @@ struct Consumer {
     scores_mma_rs.accumulate_ = cute::GMMA::ScaleOut::One;
     fence_fragment(s);
     CUTE_UNROLL
-    for (int n = 0; n < kPieces; ++n) {  // in the order of their arrival
-      const int piece = n == kRopePiece ? n : n ^ (kMine * kPiecesHalf);
-      const HalfSlot& at = halves[n / kPiecesHalf % 2];
-      const T* from;
-      if (n == kRopePiece) {
-        Barrier::wait(&shared.rope_full[rope_slot(j)], (tile_count + j) >> 1 & 1);
-        from = shared.rope[rope_slot(j)];
-      } else {
-        Barrier::wait(&shared.half_full[at.slot][n % kPiecesHalf], at.parity);
-        from = shared.half[at.slot] + n % kPiecesHalf * kPieceElements;
-      }
+    for (int n = 0; n < kRopePiece; ++n) {  // in the order of their arrival
+      const int piece = n ^ (kMine * kPiecesHalf);
+      const HalfSlot& at = halves[n / kPiecesHalf];
+      Barrier::wait(&shared.half_full[at.slot][n % kPiecesHalf], at.parity);
+      const T* from = shared.half[at.slot] + n % kPiecesHalf * kPieceElements;
       cute::warpgroup_arrive();
       auto k = thread_mma.partition_fragment_B(tile(from));  // [64 tokens, 64]
       if (in_registers(piece)) {
@@ -153,6 +146,23 @@ struct Consumer {
         const T* rows = shared.q + shared_piece(piece) * kPieceElements;  // [64 rows, 64]
         gemm_k_loop(scores_mma, thread_mma.partition_fragment_A(tile(rows)), k, s);
       }
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  // The part of RoPE, which comes last: its place comes free after the other consumer's product.
+  template <class Scores, class Queries>
+  __device__ __forceinline__ void finish_scores(int j, Scores& s, const Queries& q) {
+    auto thread_mma = scores_mma.get_thread_slice(thread);
+    Barrier::wait(&shared.rope_full[rope_slot(j)], (tile_count + j) >> 1 & 1);
+    auto tile = cute::make_tensor(cute::make_smem_ptr(shared.rope[rope_slot(j)]),
+                                  typename Tiles<T>::Piece{});
+    auto k = thread_mma.partition_fragment_B(tile);  // [64 tokens, 64]
+    cute::warpgroup_arrive();
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      cute::gemm(scores_mma_rs, q(cute::_, cute::_, register_piece(kRopePiece) * 4 + i),
+                 k(cute::_, cute::_, i), s);
     }
     cute::warpgroup_commit_batch();
   }
@@ -190,6 +200,11 @@ struct Consumer {
         shared.row_alpha[j & 1][row + 8 * h] = alpha.v[h];
       }
     }
+  }
+
+  // Tells the other consumer of P_j, once this one's own product runs: the fence waits for what was
+  // stored, a few hundred cycles.
+  __device__ __forceinline__ void announce(int j) const {
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::arrive(kConsumerThreads, kProbabilitiesEven + (j & 1));
   }
@@ -231,30 +246,33 @@ struct Consumer {
     cute::warpgroup_commit_batch();
   }
 
-  template <class Output>
-  __device__ __forceinline__ void finish_other_tile(int j, Output& o) {
-    cute::warpgroup_wait<0>();
-    fence_fragment(o);
-    release(&shared.half_empty[others_half(j).slot]);
+  __device__ __forceinline__ void finish_other_tile(const Item& it, int j) {
+    if (j + 1 < it.tiles) release(&shared.half_empty[others_half(j).slot]);
     release(&shared.rope_empty[rope_slot(j)]);
   }
 
   // region: own_tile
   // A tile whose scores are mine, and the product with the other's tile before it, which follows
-  // the scores through the tensor cores. Both are waited for before the softmax: under it the other
-  // consumer's products run, and what this one has read comes free so much sooner.
+  // the latent's part of the scores through the tensor cores. All is waited for before the softmax:
+  // under it the other consumer's products run, and what this one has read comes free so much
+  // sooner.
   template <bool kFirst, class Output, class Scores, class Probabilities, class Queries>
   __device__ __forceinline__ void own_tile(const Item& it, int j, OnlineSoftmax& softmax, Output& o,
                                            Scores& s, Probabilities& pr, const Queries& q) {
     start_scores(j, s, q);
     if (!kFirst) start_other_tile(it, j - 1, softmax, o);
-    cute::warpgroup_wait<kFirst ? 0 : 1>();
+    finish_scores(j, s, q);
+    if (!kFirst) {
+      cute::warpgroup_wait<1>();
+      fence_fragment(o);
+      finish_other_tile(it, j - 1);
+    }
+    cute::warpgroup_wait<0>();
     fence_fragment(s);
     cutlass::arch::NamedBarrier::sync(128, kScored0 + kMine);  // P goes where RoPE is
     if (j + 2 >= it.tiles) release(&shared.q_empty);
 
     if (it.needs_mask(j)) OnlineSoftmax::mask(s, it.first_token(j), it.limit);
-    if (!kFirst) finish_other_tile(j - 1, o);
     const RowPair alpha = softmax.step(s, p.scale_log2);
     to_operand(s, pr);
     publish(j, pr, softmax.max, alpha);
@@ -267,20 +285,21 @@ struct Consumer {
     gemm_k_loop(output_mma_rs, pr, output_mma_rs.get_thread_slice(thread).partition_fragment_B(v),
                 o);
     cute::warpgroup_commit_batch();
+    announce(j);
     cute::warpgroup_wait<0>();
     fence_fragment(o);
-    release(&shared.half_empty[owners_half(j).slot]);
+    if (j + 1 < it.tiles) release(&shared.half_empty[owners_half(j).slot]);
   }
   // endregion: own_tile
 
-  __device__ __forceinline__ void run_item(const WorkItem& work) {
+  // parity: of the item among all of this CTA's, empty ones too.
+  __device__ __forceinline__ void run_item(const WorkItem& work, int parity) {
     using namespace cute;
     auto o = partition_fragment_C(output_mma_rs, Shape<Int<kRows>, Int<kHalfV>>{});  // [64, 256]
     auto s = partition_fragment_C(scores_mma, Shape<Int<kRows>, Int<kTokens>>{});    // [64, 64]
     auto pr = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, _1, _4>>{});            // [64, 64]
     auto q = make_tensor<T>(                                                         // [64, 192]
         Layout<Shape<Shape<_2, _2, _2>, _1, Int<kRegisterPieces * kPieceCols / 16>>>{});
-    if (work.tiles > 0) load_queries(work, q);
     clear(o);
     output_mma_rs.accumulate_ = GMMA::ScaleOut::One;
     output_mma_ss.accumulate_ = GMMA::ScaleOut::One;
@@ -290,30 +309,41 @@ struct Consumer {
 
     // region: consumer_loop
     // Consumer 0 opens with tile 0; then each takes the other's tile and its own, in turn.
-    if (n > 0) Barrier::wait(&shared.q_full, item_count & 1);
-    if (n <= kMine && n > 0) release(&shared.q_empty);
+    if (n > 0) load_queries(q);
+    if (n <= kMine) release(&shared.q_empty);
     if (kMine == 0 && n > 0) own_tile<true>(it, 0, softmax, o, s, pr, q);
     int j = kMine == 0 ? 2 : 1;
     for (; j < n; j += 2) own_tile<false>(it, j, softmax, o, s, pr, q);
     if (j == n) {  // the last tile was the other's
       start_other_tile(it, n - 1, softmax, o);
-      finish_other_tile(n - 1, o);
+      cute::warpgroup_wait<0>();
+      fence_fragment(o);
+      finish_other_tile(it, n - 1);
     }
     // endregion: consumer_loop
 
     const RowPair mine = softmax.reduced_sum();
     if (thread % 4 == 0) {
-      for (int h = 0; h < 2; ++h) shared.row_sum[sums_parity][kMine][row + 8 * h] = mine.v[h];
+      for (int h = 0; h < 2; ++h) shared.row_sum[parity][kMine][row + 8 * h] = mine.v[h];
     }
-    cutlass::arch::NamedBarrier::sync(kConsumerThreads, kRowSums);
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads, kBothConsumers);
     RowPair total;
     for (int h = 0; h < 2; ++h) {
-      total.v[h] = mine.v[h] + shared.row_sum[sums_parity][kOther][row + 8 * h];
+      total.v[h] = mine.v[h] + shared.row_sum[parity][kOther][row + 8 * h];
     }
-    store_result<T, kMine>(p, work, row, o, softmax.max, total);
-    sums_parity ^= 1;
+    // No warp reads the half that came last any more: it serves to put O in order.
+    const int last = ((n - 1) & 1) == kMine ? owners_half(n - 1).slot : others_half(n - 1).slot;
+    // `thread`, though only the item says so: else the compiler works out every address of the end
+    // ahead of the tiles, and has no registers to keep them in.
+    const int here = thread + min(n, 0);
+    store_result<T, kMine>(p, work, here, o, softmax.max, total,
+                           n > 0 ? shared.half[last] : nullptr, [&] {
+                             cutlass::arch::fence_view_async_shared();  // TMA writes there next
+                             __syncwarp();
+                             release(&shared.half_empty[last]);
+                           });
     tile_count += n;
-    if (n > 0) ++item_count;
+    half_count += 2 * n;
   }
 
   // The accumulator of S and the register operand of P V hold the same elements in the same order.
@@ -332,8 +362,13 @@ struct Consumer {
 template <class T, int kMine>
 __device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared) {
   Consumer<T, kMine> consumer{p, shared};
-  WorkList list(p);
-  for (WorkItem work; list.next(work);) consumer.run_item(work);
+  for (int i = 0;; ++i) {
+    Barrier::wait(&shared.q_full, i & 1);
+    __syncwarp();  // no lane is still at the item before when another lets go of this one
+    const WorkItem& work = shared.items[i & 1];
+    if (work.request < 0) break;
+    consumer.run_item(work, i & 1);
+  }
   if (p.meeting != nullptr) merge_splits<T>(p, shared.half);
 }
 

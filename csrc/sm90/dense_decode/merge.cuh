@@ -173,7 +173,7 @@ template <class T>
 __device__ __noinline__ void merge_splits(const KernelParams& p, void* scratch) {
   auto& storage = *static_cast<MergeStorage*>(scratch);
   const int thread = threadIdx.x - 128;
-  const auto sync = [] { cutlass::arch::NamedBarrier::sync(kConsumerThreads, kRowSums); };
+  const auto sync = [] { cutlass::arch::NamedBarrier::sync(kConsumerThreads, kBothConsumers); };
   // Each request counts at least once. Every CTA sees the same, so all meet, or none.
   if (p.num_splits[p.shape.batch] <= p.shape.batch) return;
   const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;

@@ -20,25 +20,47 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
   const int in_page = (1 << p.page_shift) - 1;
   const int copies = max(1, kTokens >> p.page_shift);  // that a tile takes, of a page or less
   int tile_count = 0;
-  int item_count = 0;
+  int half_count = 0;
   WorkList list(p);
-  for (WorkItem item; list.next(item);) {
-    if (item.tiles == 0) continue;
+  bool more = true;
+  for (int item_count = 0; more; ++item_count) {
+    WorkItem item;
+    more = list.next(item);
+    const bool idle = !more || item.tiles == 0;
     // Block of token t: pages[t >> page_shift].
-    const int* pages = p.block_table + item.request * p.block_table_stride;
+    const int* pages = p.block_table + (idle ? 0 : item.request * p.block_table_stride);
     const int last_page = (item.seqlen - 1) >> p.page_shift;
-    int page = pages[item.first_tile * kTokens >> p.page_shift];
+    int page = idle ? 0 : pages[item.first_tile * kTokens >> p.page_shift];
 
+    // The consumers are told of every item, of the end as well. Both are done with the item before
+    // the last one when they have let go of the last one's Q.
     Barrier::wait(&shared.q_empty, (item_count & 1) ^ 1);
+    if (!more) item.request = -1;
+    shared.items[item_count & 1] = item;
+    if (idle) {
+      Barrier::arrive(&shared.q_full);
+      continue;
+    }
     Barrier::arrive_and_expect_tx(&shared.q_full, sizeof(shared.q));
     const int head_row = item.request * p.shape.h_kv + blockIdx.y;
+    const auto fetch_queries = [&](int piece, uint64_t* full, T* to) {
+      cute::SM90_TMA_LOAD_3D::copy(&q_map, full,
+                                   static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST), to,
+                                   piece * kPieceCols, blockIdx.x * kRows, head_row);
+    };
     for (int i = 0; i < kPieces; ++i) {
       if (in_registers(i)) continue;
-      cute::SM90_TMA_LOAD_3D::copy(&q_map, &shared.q_full,
-                                   static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-                                   shared.q + shared_piece(i) * kPieceElements, i * kPieceCols,
-                                   blockIdx.x * kRows, head_row);
+      fetch_queries(i, &shared.q_full, shared.q + shared_piece(i) * kPieceElements);
     }
+    const HalfSlot passing(half_count++);
+    Barrier::wait(&shared.half_empty[passing.slot], passing.parity ^ 1);
+    uint64_t* full = shared.half_full[passing.slot];
+    Barrier::arrive_and_expect_tx(&full[0], kRegisterPieces * kPieceElements * sizeof(T));
+    for (int i = 0; i < kPieces; ++i) {
+      if (!in_registers(i)) continue;
+      fetch_queries(i, &full[0], shared.half[passing.slot] + register_piece(i) * kPieceElements);
+    }
+    for (int i = 1; i < kPiecesHalf; ++i) Barrier::arrive(&full[i]);  // every phase counts
     // region: producer
     for (int j = 0; j < item.tiles; ++j, ++tile_count) {
       const int token = (item.first_tile + j) * kTokens;
@@ -59,7 +81,7 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
       // First the half of the consumer that computes the scores.
       for (int k = 0; k < 2; ++k) {
         const int first = ((j & 1) ^ k) * kPiecesHalf;
-        const HalfSlot at(2 * tile_count + k);
+        const HalfSlot at(half_count++);
         Barrier::wait(&shared.half_empty[at.slot], at.parity ^ 1);
         for (int i = 0; i < kPiecesHalf; ++i) {
           fetch(first + i, &shared.half_full[at.slot][i],
@@ -81,7 +103,6 @@ __device__ __forceinline__ void produce(const KernelParams& p, SharedStorage<T>&
       page = next_page;
     }
     // endregion: producer
-    ++item_count;
   }
 }
 

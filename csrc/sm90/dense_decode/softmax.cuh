@@ -28,6 +28,11 @@ struct OnlineSoftmax {
 
   __device__ __forceinline__ OnlineSoftmax() : max{{-INFINITY, -INFINITY}}, sum{{0.f, 0.f}} {}
 
+  // Whether a maximum has outgrown the one in use; not if both are -inf.
+  __device__ __forceinline__ static bool outgrows(float m, float in_use, float scale_log2) {
+    return (m - in_use) * scale_log2 > kSlack;
+  }
+
   // Scores of positions a row may not see become -inf: whatever they held, NaN too, is gone.
   template <class Scores>
   __device__ __forceinline__ static void mask(Scores& s, int first_token, const int (&limit)[2]) {
@@ -40,30 +45,43 @@ struct OnlineSoftmax {
   }
 
   // region: softmax_step
-  // Turns scores into probabilities relative to the new maximum, in place, and returns what
+  // Turns scores into probabilities relative to the maximum in use, in place, and returns what
   // everything accumulated before must be multiplied by.
+  //
+  // That lags behind the true maximum until this has grown by 2^kSlack: probabilities up to
+  // 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is. Such a tile needs
+  // no row's maximum, only that no score is too large, which a vote tells sooner than shuffles.
   template <class Scores>
   __device__ __forceinline__ RowPair step(Scores& s, float scale_log2) {
-    RowPair alpha;
+    RowPair alpha{{1.f, 1.f}}, largest;  // of this thread's columns
+    bool grown = false;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float m[2] = {-INFINITY, -INFINITY};
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(s); ++i) {
+        if (row_half(i) == h) m[i & 1] = fmaxf(m[i & 1], s(i));
+      }
+      largest.v[h] = fmaxf(m[0], m[1]);
+      grown |= outgrows(largest.v[h], max.v[h], scale_log2);
+    }
+    if (__any_sync(0xffffffffu, grown)) {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        float m = largest.v[h];
+        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+        if (!outgrows(m, max.v[h], scale_log2)) continue;
+        alpha.v[h] = exp2f((max.v[h] - m) * scale_log2);
+        max.v[h] = m;
+        sum.v[h] *= alpha.v[h];
+      }
+    }
     float shift[2];
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      float m = max.v[h];
-      CUTE_UNROLL
-      for (int i = 0; i < cute::size(s); ++i) {
-        if (row_half(i) == h) m = fmaxf(m, s(i));
-      }
-      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-      // The maximum in use lags behind the true one until that has grown by 2^kSlack: probabilities
-      // up to 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is.
-      const bool grown = (m - max.v[h]) * scale_log2 > kSlack;
-      m = grown ? m : max.v[h];
       // A row that has seen nothing keeps max -inf; shifting by 0 then gives exp2(-inf) = 0.
-      shift[h] = m == -INFINITY ? 0.f : m * scale_log2;
-      alpha.v[h] = grown ? exp2f(max.v[h] * scale_log2 - shift[h]) : 1.f;
-      max.v[h] = m;
-      sum.v[h] *= alpha.v[h];
+      shift[h] = max.v[h] == -INFINITY ? 0.f : max.v[h] * scale_log2;
     }
     CUTE_UNROLL
     for (int i = 0; i < cute::size(s); ++i) {
