@@ -1,7 +1,7 @@
 """What is measured: one row a case, with the operations and bytes that it needs at least.
 
-The dense decode rows are those for which the frozen Hopper kernels of the peer have published
-figures to meet; the sparse rows stand here as data for the kernels that are to come.
+For dense decode, rows for which the frozen Hopper kernels of the peer have published figures to
+meet, among others; for every other operation a few sizes, from small to large.
 """
 
 from __future__ import annotations

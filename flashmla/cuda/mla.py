@@ -1,6 +1,7 @@
 """Stages 02 and 03 on Hopper: dense decoding over the paged latent cache.
 
-Source: ``csrc/sm90/dense_decode/``, ``csrc/sm90/combine.cu``.
+Source: ``csrc/sm90/dense_decode/``; ``csrc/sm90/combine.cu`` merges what the kernel cannot merge by
+itself, batch-invariant plans above all.
 """
 
 from __future__ import annotations

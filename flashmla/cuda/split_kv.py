@@ -1,6 +1,8 @@
-"""Stage 04 on Hopper: the split plan and the merging of partial results.
+"""Stage 04 on Hopper: the split plan, and the merging of results that callers made.
 
-Source: ``csrc/sm90/scheduler.cu``, ``csrc/sm90/combine.cu``, ``csrc/sm90/merge_state.cu``.
+Dense decode merges what the plan split by itself: see `flashmla.cuda.mla`.
+
+Source: ``csrc/sm90/scheduler.cu``, ``csrc/sm90/merge_state.cu``.
 """
 
 from __future__ import annotations

@@ -193,9 +193,9 @@ def flash_mla_sparse_fwd(
 
     Returns:
         (out, max_logits, lse): out [s_q, h_q, 512] in q's dtype; max_logits float32 [s_q, h_q],
-        the largest scaled score, -inf where nothing was valid; lse float32 [s_q, h_q], the natural
-        logarithm of the sum of exp(scaled score). A query with nothing to attend to gives out 0
-        and lse +inf.
+        the largest scaled score, -inf where nothing was valid; lse float32 [s_q, h_q], the
+        logarithm of the sum of exp(scaled score), natural unless ``lse_base_2``. A query with
+        nothing to attend to gives out 0 and lse +inf.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

@@ -113,7 +113,7 @@ def flash_mla_with_kvcache(
         causal: dense only. Query i of s_q sees the keys at positions up to
             length - s_q + i: the last query is aligned with the last key.
         is_fp8_kvcache: the cache holds 656-byte FP8 tokens. Attention is over what they stand for,
-            code * scale, as if it had never been rounded to 16 bits.
+            code * scale, a product that kernels round once, to q's dtype.
         indices: int32 [b, s_q, topk], the tokens that each query reads, as
             block * page + offset; -1 is skipped, and so is whatever lies out of range.
         attn_sink: float32 [h_q]: scales the output by exp(lse) / (exp(lse) + exp(sink)) and leaves
@@ -149,8 +149,8 @@ def flash_mla_with_kvcache(
         (torch.Size([1, 2, 16, 512]), torch.Size([1, 16, 2]))
 
     Source: ``flashmla/torch/mla.py``, ``flashmla/triton/mla.py``, ``csrc/sm90/dense_decode/``;
-    sparse, and over an FP8 cache: ``flashmla/torch/dsa.py``, ``flashmla/triton/sparse.py``,
-    ``csrc/sm90/sparse_decode/``.
+    sparse, and over an FP8 cache: ``flashmla/torch/dsa.py``, ``flashmla/torch/fp8.py``,
+    ``flashmla/triton/sparse.py``, ``csrc/sm90/sparse_decode/``.
     """
     if indices is None and is_fp8_kvcache is False and not is_compiling():
         if extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None:
