@@ -37,7 +37,6 @@ __all__ = [
     "implementation",
     "last_tier",
     "record",
-    "refresh",
     "same_backend",
     "shortcut",
     "tier_for",
@@ -172,15 +171,6 @@ def explain(op: str, device: torch.device | str) -> tuple[str, str]:
 def last_tier(op: str) -> str | None:
     """The tier that served the last call of an operation in this process, None if none has."""
     return _last.get(op)
-
-
-def refresh() -> None:
-    """Forget which tiers were found unable to run: after building kernels in this process."""
-    _modules.clear()
-    _routes.clear()
-    _shortcuts.clear()
-    _logged.clear()
-    _capability.cache_clear()
 
 
 def _select(

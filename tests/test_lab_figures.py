@@ -228,5 +228,5 @@ def test_style_does_not_leak():
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    figures.heatmap(np.eye(3), "t", "r", "c")
+    figures.predicted_and_measured(["a"], [1.0], [2.0], "µs", "t")
     assert dict(mpl.rcParams) == before

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 __all__ = [
     "TIER_COLOURS",
     "canvas",
-    "heatmap",
     "kv_bytes_per_token",
     "predicted_and_measured",
     "request_colour",
@@ -114,24 +113,6 @@ def kv_bytes_per_token(layouts: Mapping[str, int], title: str | None = None) -> 
 
 def _layout_colour(name: str) -> str:
     return TIER_COLOURS["cuda"] if "MLA" in name.upper() else "#9ca3af"
-
-
-def heatmap(
-    values: Any,
-    title: str,
-    rows: str,
-    columns: str,
-    *,
-    unit: str = "",
-    colours: str = "viridis",
-) -> Figure:
-    """A matrix [rows, columns] as an image with its colour bar."""
-    with style():
-        figure, (axes,) = canvas(7.2, 2.8)
-        image = axes.imshow(to_numpy(values), aspect="auto", cmap=colours, interpolation="nearest")
-        axes.set(title=title, xlabel=columns, ylabel=rows)
-        figure.colorbar(image, ax=axes, label=unit, shrink=0.9)
-    return figure
 
 
 def predicted_and_measured(
