@@ -95,19 +95,19 @@ struct KernelParams {
   int64_t q_stride_batch, q_stride_row;
   int d_qk;  // 576, or 512: no RoPE part
   bool causal;
-  float scale_log2;  // softmax_scale * log2(e): scores go straight to exp2
-  const int* block_table;
+  float scale_log2;        // softmax_scale * log2(e): scores go straight to exp2
+  const int* block_table;  // [batch, block_table_stride]
   int64_t block_table_stride;
   int tiles_ahead;  // to be prefetched into L2 (of pages below 64 tokens the first of the tile)
   int max_tokens;   // that the block table has room for
   int page_shift;   // log2 of the tokens in a page: 4 to 8
-  const int* cache_seqlens;
-  const PlanRow* plan;
-  int plan_stride;  // rows from one part to the next
-  const int* num_splits;
-  const float* attn_sink;  // [h_q] or null
-  void* out;
-  float* lse;
+  const int* cache_seqlens;  // [batch]
+  const PlanRow* plan;       // [parts, plan_stride]
+  int plan_stride;           // rows from one part to the next
+  const int* num_splits;     // [batch + 1]
+  const float* attn_sink;    // [h_q] or null
+  void* out;                 // [batch, s_q, h_q, 512]
+  float* lse;                // [batch, h_q, s_q]
   Partials partials;
   unsigned* meeting;  // of all CTAs, to merge what was split; null: another kernel does
 };

@@ -1,5 +1,5 @@
 // Where a finished stretch of tiles goes: to `out` and `lse` when the request was not split,
-// otherwise to its slot of the partial results, which the combine kernel merges.
+// otherwise to its slot of the partial results, which merge.cuh (or combine.cu) merges.
 #pragma once
 
 #include "config.cuh"

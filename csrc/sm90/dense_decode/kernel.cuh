@@ -235,7 +235,9 @@ struct Consumer {
     T* half = shared.half[others_half(j).slot];
     if (it.has_tail(j)) clear_tail(half, it.valid_tokens(j));
 
+    // V [256 columns, 64 tokens]
     auto v = cute::make_tensor(cute::make_smem_ptr(half), typename Tiles<T>::ValueHalf{});
+    // P [64 rows, 64 tokens]
     auto probabilities =
         cute::make_tensor(cute::make_smem_ptr(p_tile(j)), typename Tiles<T>::Piece{});
     auto thread_mma = output_mma_ss.get_thread_slice(thread);
@@ -279,6 +281,7 @@ struct Consumer {
     if (any_rescale(alpha)) rescale(o, alpha);
     T* half = shared.half[owners_half(j).slot];
     if (it.has_tail(j)) clear_tail(half, it.valid_tokens(j));
+    // V [256 columns, 64 tokens]
     auto v = cute::make_tensor(cute::make_smem_ptr(half), typename Tiles<T>::ValueHalf{});
     fence_fragment(o);
     cute::warpgroup_arrive();

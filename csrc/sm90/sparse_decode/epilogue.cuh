@@ -1,7 +1,6 @@
 // Where a finished stretch of tiles goes: to `out` and `lse` when the list or request was not
 // split, otherwise to its slot of the partial results. Those of lists lie in the order of the
-// accumulators (merge.cuh), those of pages as dense decode has them: its combine kernel merges
-// them.
+// accumulators (merge.cuh), those of pages as dense decode has them: sm90/combine.cu merges them.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>

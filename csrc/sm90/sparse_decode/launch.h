@@ -54,7 +54,7 @@ struct PagedArgs : Common {
   const int* plan;  // [parts, plan_stride, 8]
   int plan_stride;
   const int* num_splits;  // [requests + 1]
-  Partials partials;      // merged by dense decode's combine kernel
+  Partials partials;      // merged by sm90/combine.cu
 };
 
 // Query rows that one CTA computes, and so how many partial results of lists there are:

@@ -200,8 +200,10 @@ struct Consumer {
       fence_fragment(o);
       rescale(o, alpha);
     }
+    // V [256 columns, 64 tokens]
     auto v = cute::make_tensor(cute::make_smem_ptr(shared.half[others_half(j).slot]),
                                typename Tiles<T>::ValueHalf{});
+    // P [64 rows, 64 tokens]
     auto probabilities =
         cute::make_tensor(cute::make_smem_ptr(p_tile(j)), typename Tiles<T>::Piece{});
     auto thread_mma = output_mma_ss.get_thread_slice(thread);
@@ -248,6 +250,7 @@ struct Consumer {
     publish(j, pr, softmax.max, alpha);
     finish_other_tile(j - 1, false, o);
     if (any_rescale(alpha)) rescale(o, alpha);
+    // V [256 columns, 64 tokens]
     auto v = cute::make_tensor(cute::make_smem_ptr(shared.half[owners_half(j).slot]),
                                typename Tiles<T>::ValueHalf{});
     fence_fragment(o);
