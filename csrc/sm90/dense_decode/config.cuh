@@ -4,38 +4,17 @@
 #include <cutlass/arch/barrier.h>
 
 #include "../../common/mma.cuh"
+#include "../half_tiles.cuh"
 #include "../launch.h"
 #include "../schedule.h"
 #include "instances.h"
 
 namespace flashmla::sm90::dense_decode {
 
-constexpr int kRows = kRowsACta;   // query rows (s, h) a CTA: one wgmma tile
-constexpr int kTokens = 64;        // KV tokens a tile
-constexpr int kDimQk = 576;        // 512 latent (NoPE) + 64 RoPE, which may be missing: then zeros
-constexpr int kDimV = 512;         // the latent is also the value
-constexpr int kHalfV = kDimV / 2;  // output columns a consumer warpgroup owns
-constexpr int kPieceCols = 64;     // a TMA box: 64 tokens x 64 columns, 128 bytes a row
-constexpr int kPieces = kDimQk / kPieceCols;
-constexpr int kPiecesHalf = kHalfV / kPieceCols;
-constexpr int kPieceElements = kTokens * kPieceCols;
-constexpr int kRopePiece = kPieces - 1;
-constexpr int kSlots = 5;           // for halves of tiles: two and a half tiles are in flight
-constexpr int kRegisterPieces = 3;  // of Q, with the consumers; the others are in shared memory
-constexpr int kThreads = 384;       // one producer warpgroup, two consumer warpgroups
-constexpr int kConsumerThreads = 256;
-static_assert(kTokens == kTileTokens, "the plan's tile is the kernel's tile");
+using namespace half_tiles;
 
-// Which pieces of Q stay in registers: one of each half, and RoPE.
-__host__ __device__ constexpr bool in_registers(int piece) {
-  return piece == 3 || piece >= 7;
-}
-__host__ __device__ constexpr int register_piece(int piece) {
-  return piece == 3 ? 0 : piece - 6;
-}
-__host__ __device__ constexpr int shared_piece(int piece) {
-  return piece < 3 ? piece : piece - 1;
-}
+constexpr int kRows = kRowsACta;  // query rows (s, h) a CTA: one wgmma tile
+static_assert(kTokens == kTileTokens, "the plan's tile is the kernel's tile");
 
 // Barriers between warps of this CTA, as CUTLASS numbers them: behind its own eight, of sixteen.
 enum BarrierId : uint32_t {
@@ -80,14 +59,6 @@ struct SharedStorage {
   uint64_t rope_empty[2];
 };
 static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
-
-// Where the n-th half of all halves lies, and the parity of that round of the ring.
-struct HalfSlot {
-  int slot;
-  uint32_t parity;
-  __device__ __forceinline__ explicit HalfSlot(int n)
-      : slot(static_cast<unsigned>(n) % kSlots), parity(static_cast<unsigned>(n) / kSlots & 1) {}
-};
 
 struct KernelParams {
   DecodeShape shape;

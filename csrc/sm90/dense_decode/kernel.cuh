@@ -20,23 +20,6 @@
 
 namespace flashmla::sm90::dense_decode {
 
-template <class T>
-struct Tiles {
-  using Piece = SwizzledTile<T, kTokens>;                // [64 rows or tokens, 64]
-  using ValueHalf = TransposedTile<T, kTokens, kHalfV>;  // [256 columns, 64 tokens]
-  using Scores = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_64, cute::_64>>()));
-  using ScoresFromRegisters = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::_64, cute::_64>,
-                                 Major::K, Major::K>()));
-  using OutputFromRegisters = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::_256, cute::_64>,
-                                 Major::K, Major::MN>()));
-  using OutputFromShared = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_256, cute::_64>,
-                                 Major::K, Major::MN>()));
-};
-
 // What one thread needs to know of the stretch it works on.
 struct Item {
   int tiles;
@@ -276,7 +259,7 @@ struct Consumer {
 
     if (it.needs_mask(j)) OnlineSoftmax::mask(s, it.first_token(j), it.limit);
     const RowPair alpha = softmax.step(s, p.scale_log2);
-    to_operand(s, pr);
+    to_operand<T>(s, pr);
     publish(j, pr, softmax.max, alpha);
     if (any_rescale(alpha)) rescale(o, alpha);
     T* half = shared.half[owners_half(j).slot];
@@ -347,18 +330,6 @@ struct Consumer {
                            });
     tile_count += n;
     half_count += 2 * n;
-  }
-
-  // The accumulator of S and the register operand of P V hold the same elements in the same order.
-  template <class Scores, class Probabilities>
-  __device__ __forceinline__ static void to_operand(const Scores& s, Probabilities& pr) {
-    cutlass::NumericArrayConverter<T, float, 2> convert;
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(s); i += 2) {
-      const auto pair = convert({s(i), s(i + 1)});
-      pr(i) = pair[0];
-      pr(i + 1) = pair[1];
-    }
   }
 };
 

@@ -20,14 +20,37 @@ __device__ __forceinline__ int row_half(int i) {
   return (i >> 1) & 1;
 }
 
-// region: online_softmax
-struct OnlineSoftmax {
+// What is known of a thread's two rows so far.
+struct RunningRows {
   static constexpr float kSlack = 8.f;
-  RowPair max;  // of the raw scores so far; -inf before the first
+  RowPair max;  // that scores are shifted by; -inf before the first
   RowPair sum;  // of exp2(scaled score - scaled max), this thread's columns only
 
-  __device__ __forceinline__ OnlineSoftmax() : max{{-INFINITY, -INFINITY}}, sum{{0.f, 0.f}} {}
+  __device__ __forceinline__ RunningRows() : max{{-INFINITY, -INFINITY}}, sum{{0.f, 0.f}} {}
 
+  // The other warpgroup did a step: take over its maximum.
+  __device__ __forceinline__ void follow(const RowPair& new_max, const RowPair& alpha) {
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      max.v[h] = new_max.v[h];
+      sum.v[h] *= alpha.v[h];
+    }
+  }
+
+  // The row sums over all columns that this warpgroup handled.
+  __device__ __forceinline__ RowPair reduced_sum() const {
+    RowPair total = sum;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 1);
+      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 2);
+    }
+    return total;
+  }
+};
+
+// region: online_softmax
+struct OnlineSoftmax : RunningRows {
   // Whether a maximum has outgrown the one in use; not if both are -inf.
   __device__ __forceinline__ static bool outgrows(float m, float in_use, float scale_log2) {
     return (m - in_use) * scale_log2 > kSlack;
@@ -92,26 +115,6 @@ struct OnlineSoftmax {
     return alpha;
   }
   // endregion: softmax_step
-
-  // The other warpgroup did a step: take over its maximum.
-  __device__ __forceinline__ void follow(const RowPair& new_max, const RowPair& alpha) {
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      max.v[h] = new_max.v[h];
-      sum.v[h] *= alpha.v[h];
-    }
-  }
-
-  // The row sums over all columns that this warpgroup handled.
-  __device__ __forceinline__ RowPair reduced_sum() const {
-    RowPair total = sum;
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 1);
-      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 2);
-    }
-    return total;
-  }
 };
 // endregion: online_softmax
 

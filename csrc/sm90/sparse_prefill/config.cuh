@@ -4,44 +4,23 @@
 #include <cutlass/arch/barrier.h>
 
 #include "../../common/mma.cuh"
+#include "../half_tiles.cuh"
 #include "launch.h"
 
 namespace flashmla::sm90::sparse_prefill {
 
-constexpr int kRows = 64;          // heads of one query a CTA: one wgmma tile
-constexpr int kTokens = 64;        // chosen tokens a tile
-constexpr int kDimQk = 576;        // 512 latent (NoPE) + 64 RoPE, which may be missing: then zeros
-constexpr int kDimV = 512;         // the latent is also the value
-constexpr int kHalfV = kDimV / 2;  // output columns a consumer warpgroup owns
-constexpr int kPieceCols = 64;     // 128 bytes a row, the widest swizzle
-constexpr int kPieces = kDimQk / kPieceCols;
-constexpr int kPiecesHalf = kHalfV / kPieceCols;
-constexpr int kPieceElements = kTokens * kPieceCols;
+using namespace half_tiles;
+
+constexpr int kRows = 64;  // heads of one query a CTA: one wgmma tile
 constexpr int kPieceBytes = kPieceElements * 2;
-constexpr int kRopePiece = kPieces - 1;
-constexpr int kSlots = 5;           // for halves of tiles: two and a half tiles are in flight
-constexpr int kGroups = 2;          // in which the pieces of a half are declared full
-constexpr int kRegisterPieces = 3;  // of Q, with the consumers; the others are in shared memory
-constexpr int kThreads = 384;       // one producer warpgroup, two consumer warpgroups
+constexpr int kGroups = 2;  // in which the pieces of a half are declared full
 constexpr int kProducerThreads = 128;
-constexpr int kConsumerThreads = 256;
 constexpr int kWarps = 4;                       // of a warpgroup
 constexpr int kTokensAWarp = kTokens / kWarps;  // that a producer warp fetches
 // Registers a thread after the warpgroups have traded them: 504 for one thread of each.
 constexpr int kRegistersProducer = 24;
 constexpr int kRegistersConsumer = 240;
 static_assert(kRegistersProducer + 2 * kRegistersConsumer <= 504, "3 x 168 at the start");
-
-// Which pieces of Q stay in registers: one of each half, and RoPE.
-__host__ __device__ constexpr bool in_registers(int piece) {
-  return piece == 3 || piece >= 7;
-}
-__host__ __device__ constexpr int register_piece(int piece) {
-  return piece == 3 ? 0 : piece - 6;
-}
-__host__ __device__ constexpr int shared_piece(int piece) {
-  return piece < 3 ? piece : piece - 1;
-}
 
 // Barriers between warps of this CTA, as CUTLASS numbers them: behind its own eight, of sixteen.
 enum BarrierId : uint32_t {
@@ -80,14 +59,6 @@ struct SharedStorage {
   uint64_t rope_empty[2];
 };
 static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
-
-// Where the n-th half of all halves lies, and the parity of that round of the ring.
-struct HalfSlot {
-  int slot;
-  uint32_t parity;
-  __device__ __forceinline__ explicit HalfSlot(int n)
-      : slot(static_cast<unsigned>(n) % kSlots), parity(static_cast<unsigned>(n) / kSlots & 1) {}
-};
 
 struct KernelParams {
   int items;  // queries * row_tiles; a CTA takes every gridDim.x-th

@@ -19,23 +19,6 @@
 
 namespace flashmla::sm90::sparse_prefill {
 
-template <class T>
-struct Tiles {
-  using Piece = SwizzledTile<T, kTokens>;                // [64 rows or tokens, 64]
-  using ValueHalf = TransposedTile<T, kTokens, kHalfV>;  // [256 columns, 64 tokens]
-  using Scores = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_64, cute::_64>>()));
-  using ScoresFromRegisters = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::_64, cute::_64>,
-                                 Major::K, Major::K>()));
-  using OutputFromRegisters = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<T, T, float, cute::Shape<cute::_64, cute::_256, cute::_64>,
-                                 Major::K, Major::MN>()));
-  using OutputFromShared = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::_64, cute::_256, cute::_64>,
-                                 Major::K, Major::MN>()));
-};
-
 // One of the two consumer warpgroups. `kMine` is 0 or 1: the parity of the tiles whose scores it
 // computes, and the half of the output columns it owns.
 template <class T, int kMine>
@@ -246,7 +229,7 @@ struct Consumer {
                                                   Output& o, Scores& s, Probabilities& pr) {
     RowPair top;
     const RowPair alpha = softmax.step(s, p.scale_log2, top);
-    to_operand(s, pr);
+    to_operand<T>(s, pr);
     publish(j, pr, softmax.max, alpha);
     finish_other_tile(j - 1, false, o);
     if (any_rescale(alpha)) rescale(o, alpha);
@@ -363,18 +346,6 @@ struct Consumer {
     CUTE_NO_UNROLL
     for (; number < p.items; number += gridDim.x) {
       run_item(number, q);
-    }
-  }
-
-  // The accumulator of S and the register operand of P V hold the same elements in the same order.
-  template <class Scores, class Probabilities>
-  __device__ __forceinline__ static void to_operand(const Scores& s, Probabilities& pr) {
-    cutlass::NumericArrayConverter<T, float, 2> convert;
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(s); i += 2) {
-      const auto pair = convert({s(i), s(i + 1)});
-      pr(i) = pair[0];
-      pr(i + 1) = pair[1];
     }
   }
 };

@@ -12,13 +12,7 @@ using dense_decode::rescale;
 using dense_decode::row_half;
 using dense_decode::RowPair;
 
-struct OnlineSoftmax {
-  static constexpr float kSlack = 8.f;
-  RowPair max;  // that scores are shifted by; -inf before the first
-  RowPair sum;  // of exp2(scaled score - scaled max), this thread's columns only
-
-  __device__ __forceinline__ OnlineSoftmax() : max{{-INFINITY, -INFINITY}}, sum{{0.f, 0.f}} {}
-
+struct OnlineSoftmax : dense_decode::RunningRows {
   // Scores of tokens that do not count become -inf: whatever they held is gone. Bit t of `valid`
   // is token t of the tile.
   template <class Scores>
@@ -65,26 +59,6 @@ struct OnlineSoftmax {
       sum.v[h] += s(i);
     }
     return alpha;
-  }
-
-  // The other warpgroup did a step: take over its maximum.
-  __device__ __forceinline__ void follow(const RowPair& new_max, const RowPair& alpha) {
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      max.v[h] = new_max.v[h];
-      sum.v[h] *= alpha.v[h];
-    }
-  }
-
-  // The row sums over all columns that this warpgroup handled.
-  __device__ __forceinline__ RowPair reduced_sum() const {
-    RowPair total = sum;
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 1);
-      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 2);
-    }
-    return total;
   }
 };
 
