@@ -12,24 +12,10 @@ namespace flashmla {
 namespace {
 
 constexpr int kHeadDimV = 512;
-constexpr DLDataType kInt32{kDLInt, 32, 1};
-constexpr DLDataType kFloat32{kDLFloat, 32, 1};
-
-bool same(DLDataType a, DLDataType b) {
-  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
-}
-
-bool same(DLDevice a, DLDevice b) {
-  return a.device_type == b.device_type && a.device_id == b.device_id;
-}
 
 // A stride that the copy engine takes: a multiple of 16 bytes, and not 0; of one entry, any.
 bool tma_stride(int64_t size, int64_t stride) {
   return size <= 1 || (stride > 0 && stride % 8 == 0);
-}
-
-bool aligned(const TensorView& t) {
-  return reinterpret_cast<uintptr_t>(data<char>(t)) % 16 == 0;
 }
 
 // The split plan, the tensors' checks included: false, and nothing launched, if they are not what
@@ -38,12 +24,11 @@ bool aligned(const TensorView& t) {
 bool get_metadata(TensorView cache_seqlens, TensorView plan, TensorView num_splits,
                   int64_t chunk_tiles) {
   const DLDevice device = cache_seqlens.device();
-  const auto is = [&](const TensorView& t, int ndim) {
-    return t.ndim() == ndim && same(t.dtype(), kInt32) && same(t.device(), device) &&
-           t.IsContiguous();
+  const auto is_packed = [&](const TensorView& t, int ndim) {
+    return is(t, kInt32, ndim, device) && t.IsContiguous();
   };
-  if (device.device_type != kDLCUDA || !is(cache_seqlens, 1) || !is(plan, 2) ||
-      !is(num_splits, 1) || cache_seqlens.size(0) == 0 ||
+  if (device.device_type != kDLCUDA || !is_packed(cache_seqlens, 1) || !is_packed(plan, 2) ||
+      !is_packed(num_splits, 1) || cache_seqlens.size(0) == 0 ||
       num_splits.size(0) != cache_seqlens.size(0) + 1 || !aligned(plan) || plan.size(0) < 1 ||
       plan.size(0) > sm90::kMaxParts ||
       plan.size(1) != sm90::kPlanColumns * (chunk_tiles > 0 ? 2 : 1)) {
@@ -93,17 +78,16 @@ bool dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
                   Optional<TensorView> attn_sink, TensorView out, TensorView lse,
                   int64_t chunk_tiles, double softmax_scale, bool causal) {
   const DLDevice device = q.device();
-  const auto is = [&](const TensorView& t, DLDataType dtype, int ndim) {
-    return t.ndim() == ndim && same(t.dtype(), dtype) && same(t.device(), device) &&
-           (t.size(ndim - 1) <= 1 || t.stride(ndim - 1) == 1);
+  const auto is_here = [&](const TensorView& t, DLDataType dtype, int ndim) {
+    return is(t, dtype, ndim, device);
   };
   const DLDataType half = q.dtype();
   if (device.device_type != kDLCUDA || half.bits != 16 || half.lanes != 1 ||
       (half.code != kDLBfloat && half.code != kDLFloat) || (q.ndim() != 3 && q.ndim() != 4) ||
-      !is(q, half, q.ndim()) || !is(k_cache, half, 4) || !is(block_table, kInt32, 2) ||
-      !is(cache_seqlens, kInt32, 1) || !is(plan, kInt32, 2) || !is(num_splits, kInt32, 1) ||
-      !is(out, half, 4) || !is(lse, kFloat32, 3) ||
-      (attn_sink.has_value() && !is(*attn_sink, kFloat32, 1))) {
+      !is_here(q, half, q.ndim()) || !is_here(k_cache, half, 4) ||
+      !is_here(block_table, kInt32, 2) || !is_here(cache_seqlens, kInt32, 1) ||
+      !is_here(plan, kInt32, 2) || !is_here(num_splits, kInt32, 1) || !is_here(out, half, 4) ||
+      !is_here(lse, kFloat32, 3) || (attn_sink.has_value() && !is_here(*attn_sink, kFloat32, 1))) {
     return false;
   }
 

@@ -1,4 +1,5 @@
-// Sparse attention as Python calls it. Arguments were checked in flashmla/ops; what is checked
+// Sparse decode and FP8 decode as Python calls them. The first checks everything itself, as dense
+// decode does (api.cpp); the second's arguments were checked in flashmla/ops, and what is checked
 // again here guards memory.
 #include <algorithm>
 #include <climits>
@@ -13,73 +14,156 @@ namespace {
 
 namespace sparse = sm90::sparse_decode;
 
-// What both calls have in common, q's strides and the checks of its shape included.
-// q [requests, rows, 576]; k_cache [blocks, page, 1, 656 bytes or 576 numbers of q's type];
-// out [b, s_q, h_q, 512]; lse [b, h_q, s_q]; attn_sink [h_q], or empty for none
+constexpr int64_t kMostCacheBytes = int64_t{16} << 32;  // offsets of 32 bits in units of 16
+constexpr int64_t kMostItems = int64_t{1} << 29;
+constexpr int kMostSplits = 256;
+constexpr int kFp8Bytes = 656, kHeadDim = 576, kHeadDimV = 512;
+
+// What both calls have in common. q's strides are the caller's business.
+// k_cache [blocks, page, 1, 656 bytes or 576 numbers of q's type]; out [b, s_q, h_q, 512];
+// lse [b, h_q, s_q]
 void set_common(sparse::Common& a, const TensorView& q, const TensorView& k_cache,
-                const TensorView& attn_sink, const TensorView& out, const TensorView& lse,
-                double softmax_scale) {
-  require(q.ndim() == 3 && q.size(0) * q.size(1) == out.size(0) * out.size(1) * out.size(2) &&
-              q.size(2) == 576,
-          "q must be [requests, rows, 576]");
-  a.requests = size32(q, 0);
-  a.rows = size32(q, 1);
+                const TensorView& out, const TensorView& lse, double softmax_scale) {
   a.s_q = size32(out, 1);
   a.h_q = size32(out, 2);
   a.softmax_scale = static_cast<float>(softmax_scale);
   a.q = data<void>(q);
-  a.q_stride_request = q.stride(0);
-  a.q_stride_row = q.stride(1);
   a.k_cache = data<void>(k_cache);
   a.page_stride_bytes = k_cache.stride(0) * (k_cache.dtype().bits / 8);
   a.blocks = k_cache.size(0);
   a.page = size32(k_cache, 1);
-  a.attn_sink = attn_sink.size(0) == 0 ? nullptr : data<float>(attn_sink);
   a.out = data<void>(out);
   a.lse = data<float>(lse);
 }
 
-// q [b * s_q, h_q, 576]; k_cache [blocks, page, 1, 656 bytes or 576 numbers of q's type];
-// indices [b * s_q, topk]; out [b, s_q, h_q, 512]; lse [b, h_q, s_q];
-// topk_length [b] or [b * s_q], attn_sink [h_q], or empty where there is none;
-// out_partial [items, 64, 512] and lse_partial [items, 64], with items = b * s_q * splits * row
-// tiles of 64 heads; anything where splits is 1
-void sparse_decode(TensorView q, TensorView k_cache, TensorView indices, TensorView topk_length,
-                   TensorView attn_sink, TensorView out, TensorView lse, TensorView out_partial,
-                   TensorView lse_partial, int64_t splits, double softmax_scale) {
-  sparse::Args a;
-  set_common(a, q, k_cache, attn_sink, out, lse, softmax_scale);
-  require(a.rows == a.h_q, "q must be [b * s_q, h_q, 576]");
-  a.topk = size32(indices, 1);
-  a.splits = static_cast<int>(splits);
-  a.sms = 0;
-  require(indices.size(0) == q.size(0), "indices must be [b * s_q, topk]");
-  require(k_cache.size(3) == 656 || k_cache.size(3) == 576,
-          "k_cache must be [blocks, page, 1, 656 or 576]");
-  a.is_bf16 = is_bf16(q);
-  a.cache = k_cache.size(3) == 656 ? sparse::Cache::kFp8 : sparse::Cache::kPlain;
-  require(a.cache == sparse::Cache::kPlain || (k_cache.dtype().bits == 8 && a.is_bf16),
-          "an FP8 cache is bytes, and its queries are bfloat16");
-  require(a.cache == sparse::Cache::kFp8 || k_cache.dtype().bits == 16,
-          "a plain cache is of q's type");
-  const int64_t items = q.size(0) * splits * sparse::row_tiles(a.h_q);
-  require(splits >= 1 && splits <= 256 && items < (int64_t{1} << 29), "splits out of range");
-  if (splits > 1) {
-    require(lse_partial.size(0) >= items * 64 && out_partial.size(0) >= items * 64 * 512,
-            "too little room for partial results");
-  }
-  if (a.requests == 0) return;
-  a.indices = data<int>(indices);
-  a.indices_stride = indices.stride(0);
-  a.topk_length = topk_length.size(0) == 0 ? nullptr : data<int>(topk_length);
-  a.queries_a_length = topk_length.size(0) == q.size(0) ? 1 : a.s_q;
-  a.out_partial = data<float>(out_partial);
-  a.lse_partial = data<float>(lse_partial);
+// Whether the first two dimensions of a tensor can be walked as one, and with which stride.
+bool joined(const TensorView& t, int64_t& stride) {
+  stride = t.size(1) == 1 ? t.stride(0) : t.stride(1);
+  return t.size(0) == 1 || t.size(1) == 1 || t.stride(0) == t.size(1) * t.stride(1);
+}
 
-  const DeviceGuard guard(q.device());
+// A cache of 656 bytes a token, or of 576 numbers of q's type, packed within its pages and within
+// reach of the kernel's offsets.
+bool takes_cache(const TensorView& k_cache, const TensorView& q, bool is_fp8) {
+  const DLDataType dtype = k_cache.dtype();
+  const bool is_byte =
+      dtype.bits == 8 && dtype.lanes == 1 &&
+      (dtype.code == kDLInt || dtype.code == kDLUInt || dtype.code == kDLFloat8_e4m3fn);
+  if (is_fp8 ? !is_byte : !same(dtype, q.dtype())) return false;
+  const int64_t width = is_fp8 ? kFp8Bytes : kHeadDim;
+  if (!is(k_cache, dtype, 4, q.device()) || k_cache.size(2) != 1 || k_cache.size(3) != width ||
+      k_cache.size(0) * k_cache.size(1) == 0 || k_cache.size(1) > INT_MAX || !aligned(k_cache) ||
+      (k_cache.size(1) > 1 && k_cache.stride(1) != width)) {
+    return false;
+  }
+  const int64_t page_bytes = k_cache.stride(0) * (dtype.bits / 8);
+  return page_bytes >= 0 && k_cache.size(0) * page_bytes <= kMostCacheBytes &&
+         (k_cache.size(0) == 1 || page_bytes % 16 == 0);
+}
+
+// What a sparse call is given and does not read has to be of its batch all the same.
+bool companions_agree(int64_t b, DLDevice device, const Optional<TensorView>& block_table,
+                      const Optional<TensorView>& cache_seqlens, const Optional<TensorView>& plan,
+                      const Optional<TensorView>& num_splits) {
+  const auto is_int = [&](const Optional<TensorView>& t, int ndim) {
+    return is(*t, kInt32, ndim, device);
+  };
+  if (block_table.has_value() && (!is_int(block_table, 2) || (*block_table).size(0) != b)) {
+    return false;
+  }
+  if (cache_seqlens.has_value() && (!is_int(cache_seqlens, 1) || (*cache_seqlens).size(0) != b)) {
+    return false;
+  }
+  if (plan.has_value() != num_splits.has_value()) return false;
+  if (!plan.has_value()) return true;
+  const int64_t columns = is_int(plan, 2) ? (*plan).size(1) : 0;
+  return (columns == sm90::kPlanColumns || columns == 2 * sm90::kPlanColumns) &&
+         is_int(num_splits, 1) && (*num_splits).size(0) == b + 1 && (*plan).IsContiguous() &&
+         aligned(*plan) && (*plan).size(0) >= 1 && (*plan).size(0) <= sm90::kMaxParts;
+}
+
+// Attention over chosen tokens, the tensors' checks included: false, and nothing launched, if the
+// kernel cannot take them as they are. Python then finds out what is wrong, or packs what is
+// scattered.
+//
+// q [b, s_q, h_q, 576]; k_cache [blocks, page, 1, 656 bytes or 576 numbers of q's type];
+// indices [b, s_q, topk]; topk_length [b] or [b, s_q]; attn_sink [h_q]; block_table
+// [b, max_blocks], cache_seqlens [b], plan [parts, 8 or 16] and num_splits [b + 1] are looked at
+// and not read; out [b, s_q, h_q, 512]; lse [b, h_q, s_q]
+bool sparse_decode(TensorView q, TensorView k_cache, TensorView indices,
+                   Optional<TensorView> topk_length, Optional<TensorView> attn_sink,
+                   Optional<TensorView> block_table, Optional<TensorView> cache_seqlens,
+                   Optional<TensorView> plan, Optional<TensorView> num_splits, TensorView out,
+                   TensorView lse, bool is_fp8, int64_t splits, double softmax_scale) {
+  const DLDevice device = q.device();
+  const DLDataType half = q.dtype();
+  if (device.device_type != kDLCUDA || half.bits != 16 || half.lanes != 1 ||
+      (half.code != kDLBfloat && (half.code != kDLFloat || is_fp8)) || !is(q, half, 4, device) ||
+      !is(indices, kInt32, 3, device) || !is(out, half, 4, device) ||
+      !is(lse, kFloat32, 3, device) || !takes_cache(k_cache, q, is_fp8)) {
+    return false;
+  }
+  const int64_t b = q.size(0), s_q = q.size(1), h_q = q.size(2);
+  if (b == 0 || s_q == 0 || h_q == 0 || q.size(3) != kHeadDim || indices.size(0) != b ||
+      indices.size(1) != s_q || indices.size(2) > INT_MAX ||
+      !companions_agree(b, device, block_table, cache_seqlens, plan, num_splits)) {
+    return false;
+  }
+  require(out.IsContiguous() && aligned(out) && out.size(0) == b && out.size(1) == s_q &&
+              out.size(2) == h_q && out.size(3) == kHeadDimV && lse.IsContiguous() &&
+              lse.size(0) == b && lse.size(1) == h_q && lse.size(2) == s_q,
+          "out must be [b, s_q, h_q, 512] and lse [b, h_q, s_q]");
+  const int64_t lists = b * s_q * sparse::row_tiles(static_cast<int>(h_q));
+  if (h_q > INT_MAX / 2 || lists >= kMostItems / kMostSplits) return false;
+  require(splits >= 1 && splits <= kMostSplits, "splits out of range");
+
+  sparse::Args a;
+  set_common(a, q, k_cache, out, lse, softmax_scale);
+  // The kernel reads 16 bytes of q at once.
+  if (!joined(q, a.q_stride_request) || !joined(indices, a.indices_stride) || !aligned(q) ||
+      (b * s_q > 1 && a.q_stride_request % 8) || (h_q > 1 && q.stride(2) % 8)) {
+    return false;
+  }
+  if (attn_sink.has_value() &&
+      (!is(*attn_sink, kFloat32, 1, device) || (*attn_sink).size(0) != h_q)) {
+    return false;
+  }
+  if (topk_length.has_value()) {
+    const TensorView& t = *topk_length;
+    if ((t.ndim() != 1 && t.ndim() != 2) || !is(t, kInt32, t.ndim(), device) || !t.IsContiguous() ||
+        t.size(0) != b || (t.ndim() == 2 && t.size(1) != s_q)) {
+      return false;
+    }
+  }
+  a.requests = static_cast<int>(b * s_q);
+  a.rows = a.h_q;
+  a.q_stride_row = q.stride(2);
+  a.attn_sink = attn_sink.has_value() ? data<float>(*attn_sink) : nullptr;
+  a.cache = is_fp8 ? sparse::Cache::kFp8 : sparse::Cache::kPlain;
+  a.is_bf16 = is_bf16(q);
+  a.topk = size32(indices, 2);
+  a.splits = static_cast<int>(splits);
+  a.indices = data<int>(indices);
+  a.topk_length = topk_length.has_value() ? data<int>(*topk_length) : nullptr;
+  a.queries_a_length = topk_length.has_value() && (*topk_length).ndim() == 2 ? 1 : a.s_q;
+
+  // Memory for partial results comes from the caller's allocator and goes back to it at the end,
+  // on the caller's stream.
+  a.out_partial = a.lse_partial = nullptr;
+  Optional<Tensor> workspace;
+  if (splits > 1) {
+    const int64_t rows = lists * splits * sparse::kRowsACta;
+    const int64_t shape[2] = {rows, kHeadDimV + 1};
+    workspace = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ShapeView(shape, 2), kFloat32, device);
+    a.out_partial = static_cast<float*>((*workspace).data_ptr());
+    a.lse_partial = a.out_partial + rows * kHeadDimV;
+  }
+
+  const DeviceGuard guard(device);
   FLASHMLA_CUDA_CHECK(
-      cudaDeviceGetAttribute(&a.sms, cudaDevAttrMultiProcessorCount, q.device().device_id));
+      cudaDeviceGetAttribute(&a.sms, cudaDevAttrMultiProcessorCount, device.device_id));
   sparse::launch(a, guard.stream());
+  return true;
 }
 
 // Dense decode over an FP8 cache. q [b, s_q * h_q, 576]; k_cache [blocks, page, 1, 656] bytes;
@@ -91,9 +175,16 @@ void dense_decode_fp8(TensorView q, TensorView k_cache, TensorView block_table,
                       TensorView attn_sink, TensorView out, TensorView lse, int64_t chunk_tiles,
                       double softmax_scale, bool causal) {
   sparse::PagedArgs a;
-  set_common(a, q, k_cache, attn_sink, out, lse, softmax_scale);
-  require(q.size(0) == out.size(0) && is_bf16(q), "q must be [b, s_q * h_q, 576] of bfloat16");
-  require(k_cache.size(3) == 656 && k_cache.dtype().bits == 8,
+  set_common(a, q, k_cache, out, lse, softmax_scale);
+  require(q.ndim() == 3 && q.size(0) == out.size(0) && is_bf16(q) && q.size(2) == kHeadDim &&
+              q.size(1) == out.size(1) * out.size(2),
+          "q must be [b, s_q * h_q, 576] of bfloat16");
+  a.requests = size32(q, 0);
+  a.rows = size32(q, 1);
+  a.q_stride_request = q.stride(0);
+  a.q_stride_row = q.stride(1);
+  a.attn_sink = attn_sink.size(0) == 0 ? nullptr : data<float>(attn_sink);
+  require(k_cache.size(3) == kFp8Bytes && k_cache.dtype().bits == 8,
           "k_cache must be [blocks, page, 1, 656] bytes");
   const int64_t b = q.size(0);
   a.plan_stride = size32(plan, 1) / sm90::kPlanColumns;

@@ -18,6 +18,9 @@ using tvm::ffi::String;
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
+constexpr DLDataType kInt32{kDLInt, 32, 1};
+constexpr DLDataType kFloat32{kDLFloat, 32, 1};
+
 // Makes the tensors' device current for the launch, and the caller's again afterwards. A thread
 // that has launched nothing yet, such as autograd's, has no context, which tensor maps need:
 // setting the device makes it current.
@@ -49,6 +52,25 @@ class DeviceGuard {
 template <class T>
 T* data(const TensorView& t) {
   return reinterpret_cast<T*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
+}
+
+inline bool same(DLDataType a, DLDataType b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+inline bool same(DLDevice a, DLDevice b) {
+  return a.device_type == b.device_type && a.device_id == b.device_id;
+}
+
+// Whether a tensor is what a kernel was written for: of a dtype, a rank and a device, its last
+// dimension contiguous. For functions that answer false to whatever they cannot take.
+inline bool is(const TensorView& t, DLDataType dtype, int ndim, DLDevice device) {
+  return t.ndim() == ndim && same(t.dtype(), dtype) && same(t.device(), device) &&
+         (t.size(ndim - 1) <= 1 || t.stride(ndim - 1) == 1);
+}
+
+inline bool aligned(const TensorView& t) {
+  return reinterpret_cast<uintptr_t>(data<char>(t)) % 16 == 0;
 }
 
 inline void require(bool condition, const char* what) {

@@ -10,12 +10,13 @@ from flashmla.cuda.indexer import (
     supports_topk,
     topk,
 )
-from flashmla.cuda.sparse import sparse_decode, supports_sparse_decode
+from flashmla.cuda.sparse import quick_sparse_decode, sparse_decode, supports_sparse_decode
 from flashmla.cuda.sparse_prefill import sparse_prefill, supports_sparse_prefill
 
 __all__ = [
     "indexer_logits",
     "indexer_logits_paged",
+    "quick_sparse_decode",
     "sparse_decode",
     "sparse_prefill",
     "supports_indexer_logits",

@@ -6,6 +6,7 @@ Source: ``csrc/sm90/sparse_decode/``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from flashmla.schedule import CHUNK, TILE
 
 __all__ = [
     "dense_decode_fp8",
+    "quick_sparse_decode",
     "sparse_decode",
     "splits_for",
     "supports_dense_decode_fp8",
@@ -54,28 +56,71 @@ def sparse_decode(
 ) -> tuple[Tensor, Tensor]:
     """(out [b, s_q, h_q, 512], lse [b, h_q, s_q] float32) from q [b, s_q, h_q, 576], a cache
     [blocks, page, 1, 656 bytes or 576 numbers of q's dtype] and indices [b, s_q, topk]."""
+    kernel = load().sparse_decode
     b, s_q, h_q, _ = q.shape
-    queries = b * s_q
     out = q.new_empty(b, s_q, h_q, head_dim_v)
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
-    splits = splits_for(queries, h_q, indices.shape[2], _sms(q.device))
-    rows = 0 if splits == 1 else queries * splits * -(-h_q // ROWS) * ROWS
-    partial = q.new_empty(rows * (head_dim_v + 1), dtype=torch.float32)
-    none = indices.new_empty(0)
-    load().sparse_decode(
-        _packed_queries(q),
-        k_cache,
-        indices.reshape(queries, indices.shape[2]),
-        none if topk_length is None else topk_length.reshape(-1),
-        none if attn_sink is None else attn_sink,
-        out,
-        lse,
-        partial[: rows * head_dim_v],
-        partial[rows * head_dim_v :],
-        splits,
-        softmax_scale,
-    )
+    splits = splits_for(b * s_q, h_q, indices.shape[2], _sms(q.device))
+    optional = topk_length, attn_sink, None, None, None, None
+    results = out, lse, is_fp8_kvcache, splits, softmax_scale
+    # The second time queries or lists were scattered, or began at no multiple of 16 bytes.
+    if not kernel(q, k_cache, indices, *optional, *results):
+        q = q.clone(memory_format=torch.contiguous_format)
+        if not kernel(q, k_cache, indices.contiguous(), *optional, *results):
+            raise RuntimeError(
+                "flashmla: the kernel refuses a call that was checked; please report it"
+            )
     return out, lse
+
+
+def quick_sparse_decode() -> Callable[..., tuple[Tensor, Tensor] | None]:
+    """Sparse decode of tensors that nobody has looked at, bound to the library as it is now.
+
+    As with :func:`flashmla.cuda.mla.quick_dense_decode` the library checks everything in one go,
+    and the result is None, with nothing launched, if the kernel cannot take the tensors as they
+    are.
+    """
+    kernel = load().sparse_decode
+
+    def run(
+        q: Tensor,
+        k_cache: Tensor,
+        indices: Tensor,
+        softmax_scale: float,
+        is_fp8_kvcache: bool,
+        topk_length: Tensor | None,
+        attn_sink: Tensor | None,
+        block_table: Tensor | None,
+        cache_seqlens: Tensor | None,
+        tile_scheduler_metadata: Tensor | None,
+        num_splits: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        optional = (
+            topk_length, attn_sink, block_table, cache_seqlens, tile_scheduler_metadata, num_splits
+        )  # fmt: skip
+        # No subclasses: they may stand for something else than memory.
+        if not (type(q) is type(k_cache) is type(indices) is Tensor):
+            return None
+        for x in optional:
+            if x is not None and type(x) is not Tensor:
+                return None
+        if indices.dim() != 3 or not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
+            return None
+        b, s_q, h_q, _ = q.shape
+        if b * s_q * h_q == 0:
+            return None
+        out = q.new_empty(b, s_q, h_q, HEAD_DIM_V)
+        lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+        splits = splits_for(b * s_q, h_q, indices.shape[2], _sms(q.device))
+        try:
+            launched = kernel(
+                q, k_cache, indices, *optional, out, lse, is_fp8_kvcache, splits, softmax_scale
+            )
+        except RuntimeError:  # what torch does not hand over: tensors on meta, sparse ones
+            return None
+        return (out, lse) if launched else None
+
+    return run
 
 
 def dense_decode_fp8(
@@ -135,12 +180,6 @@ def splits_for(queries: int, h_q: int, topk: int, sms: int) -> int:
         if cost < least:
             best, least = splits, cost
     return best
-
-
-def _packed_queries(q: Tensor) -> Tensor:
-    """q as [b * s_q, h_q, 576], where 16 bytes can be read at once: a view, or else a copy."""
-    rows = q.reshape(-1, *q.shape[2:])
-    return rows if _readable(rows) else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _readable(rows: Tensor) -> bool:

@@ -152,14 +152,22 @@ def flash_mla_with_kvcache(
     sparse, and over an FP8 cache: ``flashmla/torch/dsa.py``, ``flashmla/torch/fp8.py``,
     ``flashmla/triton/sparse.py``, ``csrc/sm90/sparse_decode/``.
     """
-    if indices is None and is_fp8_kvcache is False and not is_compiling():
-        if extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None:
+    if extra_k_cache is extra_indices_in_kvcache is extra_topk_length is None:
+        results = None
+        if is_compiling():
+            pass
+        elif indices is not None:
+            results = _try_sparse_decode(
+                q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata,
+                num_splits, softmax_scale, causal, is_fp8_kvcache, indices, attn_sink, topk_length,
+            )  # fmt: skip
+        elif is_fp8_kvcache is False and topk_length is None:
             results = _try_dense_decode(
                 q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata,
                 num_splits, softmax_scale, causal, attn_sink,
             )  # fmt: skip
-            if results is not None:
-                return results
+        if results is not None:
+            return results
     extras = {
         "extra_k_cache": extra_k_cache,
         "extra_indices_in_kvcache": extra_indices_in_kvcache,
@@ -231,6 +239,43 @@ def _try_dense_decode(
     )
     if results is not None:
         backend.record("mla.dense_decode", "cuda")
+    return results
+
+
+def _try_sparse_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    head_dim_v: int,
+    plan: Tensor | SplitPlan | None,
+    num_splits: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    is_fp8_kvcache: bool,
+    indices: Tensor,
+    attn_sink: Tensor | None,
+    topk_length: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """A sparse call in good order on a Hopper card, as :func:`_try_dense_decode` has it."""
+    if type(q) is not Tensor or not q.is_cuda or q.dim() != 4 or type(is_fp8_kvcache) is not bool:
+        return None
+    kernel = backend.shortcut("dsa.sparse_decode", q.device)
+    scale = _DEFAULT_SCALES.get(q.shape[3]) if softmax_scale is None else softmax_scale
+    if kernel is None or type(scale) is not float or causal is not False:
+        return None
+    if type(head_dim_v) is not int or head_dim_v != HEAD_DIM_V:
+        return None
+    if type(plan) is SplitPlan:
+        if num_splits is not None or not plan.ready_for_sparse(q.shape[0]):
+            return None
+        plan = None
+    results: tuple[Tensor, Tensor] | None = kernel(
+        q, k_cache, indices, scale, is_fp8_kvcache, topk_length, attn_sink, block_table,
+        cache_seqlens, plan, num_splits,
+    )  # fmt: skip
+    if results is not None:
+        backend.record("dsa.sparse_decode", "cuda")
     return results
 
 

@@ -122,6 +122,11 @@ class SplitPlan:
                 return None
         return known[:2]
 
+    def ready_for_sparse(self, batch: int) -> bool:
+        """Whether an earlier sparse call of this batch size has claimed the plan, and it is empty
+        still, so that there is nothing to look at."""
+        return self._sparse and self._batch == batch and self.empty
+
     @property
     def empty(self) -> bool:
         """True until the plan is filled in."""

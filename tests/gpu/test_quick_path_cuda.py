@@ -1,4 +1,4 @@
-"""The quick way through dense decode on a card: the kernels' library looks at the arguments itself.
+"""The quick way through decoding on a card: the kernels' library looks at the arguments itself.
 
 What is in order takes it and gives what the slow way gives; what is not is found out by the slow
 way, with its messages, before anything is launched.
@@ -10,13 +10,13 @@ import threading
 
 import pytest
 import torch
-from cases import DecodeCase, moved
-from test_ops_mla import BAD_DENSE, BAD_METADATA, arguments
+from cases import DecodeCase, SparseDecodeCase, moved
+from test_ops_mla import BAD_DENSE, BAD_METADATA, BAD_SPARSE, arguments, sparse_arguments
 
 import flashmla
 from flashmla import backend
 from flashmla.lab.check import assert_identical, assert_lse_close, assert_out_close
-from flashmla.ops import mla, split_kv
+from flashmla.ops import dsa, mla, split_kv
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -183,6 +183,121 @@ def test_memory_for_partial_results_goes_back() -> None:
     before = torch.cuda.memory_allocated()
     for _ in range(5):
         out, lse = flashmla.flash_mla_with_kvcache(*arguments)
+    assert torch.cuda.memory_allocated() == before
+    del out, lse
+    rounded = 512 * 128 * 2 + 512  # allocations are multiples of 512 bytes
+    assert torch.cuda.memory_allocated() == before - rounded
+
+
+SPARSE = SparseDecodeCase("quick", 2, 2, 40, 300, 20, sink=True, invalid=0.0, seed=90)
+
+
+def good_sparse(case: SparseDecodeCase = SPARSE, **changes):
+    x = case.build(DEVICE)
+    given = dict(
+        q=x.q, k_cache=x.k_cache, block_table=None, cache_seqlens=None, head_dim_v=512,
+        tile_scheduler_metadata=None, softmax_scale=x.scale, is_fp8_kvcache=case.fp8,
+        indices=x.indices, attn_sink=x.attn_sink, topk_length=x.topk_length,
+    )  # fmt: skip
+    return given | changes
+
+
+def test_good_sparse_calls_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = torch.tensor([9, 3], dtype=torch.int32, device=DEVICE)
+    plan = flashmla.get_mla_metadata(lengths, 80, 1)
+    tensors = dict(tile_scheduler_metadata=plan[0], num_splits=plan[1])
+    claimed = flashmla.SplitPlan()
+    given = good_sparse()
+    lists = SparseDecodeCase("lists", 1, 1, 128, 4096, 64, fp8=False, invalid=0.0, seed=91)
+    calls = [
+        given,
+        good_sparse(k_cache=given["k_cache"].view(torch.float8_e4m3fn), head_dim_v=512),
+        good_sparse(cache_seqlens=lengths, block_table=lengths[:, None], **tensors),
+        good_sparse(tile_scheduler_metadata=claimed),
+        good_sparse(topk_length=lengths),
+        good_sparse(topk_length=torch.full((2, 2), 7, dtype=torch.int32, device=DEVICE)),
+        good_sparse(indices=given["indices"][:1].expand(2, 2, 300)[:, :, 5:250].contiguous()),
+        good_sparse(lists),
+    ]
+    slow = []
+    monkeypatch.setenv("FLASHMLA_CHECK", "1")
+    for given in calls:
+        slow.append(call(given))
+    monkeypatch.delenv("FLASHMLA_CHECK")
+    monkeypatch.setattr(dsa, "sparse_decode", refuse)
+    before = backend.calls["dsa.sparse_decode"]["cuda"]
+    for given, want in zip(calls, slow, strict=True):
+        for name, x, y in zip(("out", "lse"), call(given), want, strict=True):
+            assert_identical(name, x, y)
+    assert backend.calls["dsa.sparse_decode"]["cuda"] == before + len(calls)
+    for name, value in (("FLASHMLA_CHECK", "1"), ("FLASHMLA_BACKEND", "triton")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(AssertionError, match="slow way"):
+                call(given)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_SPARSE, ids=lambda x: str(x)[:24])
+def test_bad_sparse_input(changes, error, message) -> None:
+    given = {name: on_card(value) for name, value in sparse_arguments(**changes).items()}
+    plan = given["tile_scheduler_metadata"]
+    if isinstance(plan, flashmla.SplitPlan):
+        tensors = plan.tile_scheduler_metadata, plan.num_splits
+        given["tile_scheduler_metadata"] = flashmla.SplitPlan(*map(on_card, tensors))
+    with pytest.raises(error, match=argument_of(message)):
+        call(given)
+
+
+def test_sparse_tensors_of_another_kind_of_memory() -> None:
+    lengths = torch.tensor([9, 3], dtype=torch.int32, device=DEVICE)
+    plan = flashmla.get_mla_metadata(lengths, 80, 1)
+    given = good_sparse(
+        topk_length=lengths, cache_seqlens=lengths, block_table=lengths[:, None].repeat(1, 2),
+        tile_scheduler_metadata=plan[0], num_splits=plan[1],
+    )  # fmt: skip
+    names = [name for name, x in given.items() if isinstance(x, torch.Tensor) and name != "q"]
+    assert len(names) == 8
+    call(given)
+    for name in names:
+        for change, error in (
+            (lambda x: x.cpu(), ValueError),
+            (lambda x: x.double(), TypeError),
+            (lambda x: x[None], ValueError),
+            (lambda x: x.repeat_interleave(2, -1)[..., ::2], ValueError),
+        ):
+            with pytest.raises(error, match=name):
+                call(given | {name: change(given[name])})
+
+
+@pytest.mark.parametrize("what", ["heads apart", "requests apart", "begins askew", "lists apart"])
+def test_sparse_calls_that_only_the_slow_way_takes(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = good_sparse()
+    want = call(given)
+    q, indices = given["q"], given["indices"]
+    if what == "heads apart":
+        q = torch.cat([q, q[..., :4]], -1)[..., :576]
+    elif what == "requests apart":
+        q = torch.cat([q, q], 1)[:, :2]
+    elif what == "begins askew":
+        q = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)
+    else:
+        indices = torch.cat([indices, indices], 1)[:, :2]
+    given |= dict(q=q, indices=indices)
+    for name, x, y in zip(("out", "lse"), call(given), want, strict=True):
+        assert_identical(name, x, y)
+    monkeypatch.setattr(dsa, "sparse_decode", refuse)
+    with pytest.raises(AssertionError, match="slow way"):
+        call(given)
+
+
+def test_memory_for_partial_sparse_results_goes_back() -> None:
+    given = good_sparse(SparseDecodeCase("memory", 1, 1, 128, 8192, 200, seed=92))
+    out, lse = call(given)
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        out, lse = call(given)
     assert torch.cuda.memory_allocated() == before
     del out, lse
     rounded = 512 * 128 * 2 + 512  # allocations are multiples of 512 bytes
