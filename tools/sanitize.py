@@ -151,11 +151,19 @@ def topk(device: str) -> None:
 
 
 def sparse_decode(device: str) -> None:
-    from cases import SPARSE_DECODE_CASES
+    """The tests' cases, which have few heads or one tile, and more heads in lists cut or whole."""
+    from cases import SPARSE_DECODE_CASES, SparseDecodeCase
 
     import flashmla
 
-    for case in SPARSE_DECODE_CASES:
+    more = (
+        SparseDecodeCase("cut", b=1, s_q=1, h_q=70, topk=1100, blocks=20),
+        SparseDecodeCase("whole", b=140, s_q=1, h_q=64, topk=130),
+        SparseDecodeCase("clusters_of_two", b=70, s_q=1, h_q=100, topk=200, sink=True),
+        SparseDecodeCase("few_heads_whole", b=140, s_q=1, h_q=32, topk=130),
+        SparseDecodeCase("few_heads_cut_in_five", b=1, s_q=1, h_q=17, topk=300),
+    )
+    for case in (*SPARSE_DECODE_CASES, *more):
         if case.fp8:
             x = case.build(device)
             flashmla.flash_mla_with_kvcache(
@@ -165,11 +173,16 @@ def sparse_decode(device: str) -> None:
 
 
 def dense_decode_fp8(device: str) -> None:
-    from cases import DENSE_FP8_CASES
+    """The tests' cases, of few rows or an even number of row tiles, and a single row tile."""
+    from cases import DENSE_FP8_CASES, DecodeCase
 
     import flashmla
 
-    for case in DENSE_FP8_CASES:
+    more = (
+        DecodeCase("one_row_tile", (70, 0, 700), h_q=64, fp8=True),
+        DecodeCase("few_rows", (700, 0, 64, 130), 2, 16, causal=True, fp8=True),
+    )
+    for case in (*DENSE_FP8_CASES, *more):
         x = case.build(device)
         plan, _ = flashmla.get_mla_metadata()
         flashmla.flash_mla_with_kvcache(

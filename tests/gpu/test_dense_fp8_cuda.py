@@ -28,7 +28,18 @@ CASES = (
     *large_dense_fp8_cases(),
     DecodeCase("fp8_17_queries", (5, 300, 0, 1100), 17, 16, causal=True, fp8=True, seed=1700),
     DecodeCase("fp8_one_token_tiles", (64, 65, 1), 70, 1, causal=True, fp8=True, seed=1701),
-)
+    DecodeCase("fp8_16_rows", (9000, 0, 64, 65, 130, 1), 1, 16, fp8=True, seed=1703),
+    DecodeCase(
+        "fp8_32_rows", (5000, 63, 1, 300, 0), 2, 16, causal=True, fp8=True, power_of_two=False,
+        sink=True, seed=1704,
+    ),
+    DecodeCase("fp8_17_rows_of_pages_of_100", (0, 1000, 101), 1, 17, page=100, fp8=True, seed=1705),
+    DecodeCase(
+        "fp8_wide_scores", (3000, 64), 1, 16, softmax_scale=1.5, fp8=True, seed=1706
+    ),
+)  # fmt: skip
+FEW_ROWS = 32
+"""Query rows of a request up to which codes are multiplied as they are, and nothing is rounded."""
 
 
 def decode(
@@ -67,15 +78,19 @@ def test_against_oracle(case: DecodeCase, batch_invariant: bool) -> None:
     if not case.power_of_two and case.softmax_scale is None:
         error = np.linalg.norm(out.double().cpu().numpy() - want_out)
         assert error <= 2**-8 * np.linalg.norm(want_out)  # the keys' rounding, and the output's
-    if not case.power_of_two:
+    if not case.power_of_two and case.s_q * case.h_q > FEW_ROWS:
         want_out, want_lse = as_multiplied(x)
     assert_out_close(out, want_out)
     assert_lse_close(lse, want_lse)
 
 
 @pytest.mark.parametrize(
-    "name", ["fp8_b1_long", "fp8_b32_varied", "fp8_b500_tiny", "fp8_17_queries", "fp8_pages_of_100"]
-)
+    "name",
+    [
+        "fp8_b1_long", "fp8_b32_varied", "fp8_b500_tiny", "fp8_17_queries", "fp8_pages_of_100",
+        "fp8_16_rows", "fp8_32_rows", "fp8_17_rows_of_pages_of_100",
+    ],
+)  # fmt: skip
 def test_repeats_bit_for_bit(name: str) -> None:
     x = named(name).build(DEVICE)
     plan = plan_for(x)
@@ -95,6 +110,19 @@ def test_a_batch_invariant_plan_gives_each_request_the_same_bits() -> None:
             x.case, x.q[i : i + 1], x.k_cache, x.block_table[i : i + 1], x.cache_seqlens[i : i + 1]
         )
         plan = flashmla.get_mla_metadata(alone.cache_seqlens, 2 * 128, 1, batch_invariant=True)
+        alone_out, alone_lse = decode(alone, plan)
+        assert_identical("out", alone_out, out[i : i + 1])
+        assert_identical("lse", alone_lse, lse[i : i + 1])
+
+
+def test_a_batch_invariant_plan_of_few_rows_gives_each_request_the_same_bits() -> None:
+    x = named("fp8_16_rows").build(DEVICE)
+    out, lse = decode(x, batch_invariant=True)
+    for i in (0, 4):
+        alone = DecodeInputs(
+            x.case, x.q[i : i + 1], x.k_cache, x.block_table[i : i + 1], x.cache_seqlens[i : i + 1]
+        )
+        plan = flashmla.get_mla_metadata(alone.cache_seqlens, 16, 1, batch_invariant=True)
         alone_out, alone_lse = decode(alone, plan)
         assert_identical("out", alone_out, out[i : i + 1])
         assert_identical("lse", alone_lse, lse[i : i + 1])

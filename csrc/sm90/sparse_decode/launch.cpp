@@ -13,7 +13,7 @@ void launch(const Args& args, cudaStream_t stream) {
 }
 
 void launch(const PagedArgs& args, cudaStream_t stream) {
-  launch_fp8_pages(args, stream);
+  (args.rows <= kFewRows ? launch_few_rows_pages : launch_fp8_pages)(args, stream);
 }
 
 }  // namespace flashmla::sm90::sparse_decode

@@ -64,6 +64,9 @@ constexpr int row_tiles(int rows) {
   return (rows + kRowsACta - 1) / kRowsACta;
 }
 
+// Up to so many query rows of a request pages are read by a kernel of their own (few_rows.cuh).
+constexpr int kFewRows = 32;
+
 void launch(const Args& args, cudaStream_t stream);
 void launch(const PagedArgs& args, cudaStream_t stream);
 
