@@ -192,13 +192,16 @@ def dense_decode_fp8(device: str) -> None:
 
 
 def sparse_prefill(device: str) -> None:
-    """The tests' cases, and one in which every SM has several queries."""
+    """The tests' cases, and some in which every SM has several queries, one for each kernel."""
     from cases import SPARSE_PREFILL_CASES, SparsePrefillCase
 
     import flashmla
 
-    many = SparsePrefillCase("many", s_q=200, h_q=100, topk=70, sink=True)
-    for case in (*SPARSE_PREFILL_CASES, many):
+    many = [
+        SparsePrefillCase("many", s_q=200, h_q=h_q, topk=topk, sink=True)
+        for h_q, topk in ((100, 70), (7, 200), (16, 64), (30, 150))
+    ]
+    for case in (*SPARSE_PREFILL_CASES, *many):
         x = case.build(device)
         flashmla.flash_mla_sparse_fwd(
             x.q, x.kv, x.indices, x.scale, 512, x.attn_sink, x.topk_length

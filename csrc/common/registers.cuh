@@ -11,4 +11,10 @@ __device__ __forceinline__ void forget(int& x) {
   asm volatile("" : "+r"(x));
 }
 
+// `x`, which is the same in all lanes of the warp, so that the compiler knows: what is computed
+// from it, addresses of matrix operands above all, then stays in uniform registers.
+__device__ __forceinline__ int uniform(int x) {
+  return __shfl_sync(0xffffffffu, x, 0);
+}
+
 }  // namespace flashmla

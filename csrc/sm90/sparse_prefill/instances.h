@@ -8,4 +8,9 @@ namespace flashmla::sm90::sparse_prefill {
 void launch_bf16(const Args& args, cudaStream_t stream);
 void launch_fp16(const Args& args, cudaStream_t stream);
 
+// A kernel of its own for up to this many heads.
+constexpr int kFewHeads = 32;
+void launch_few_heads_bf16(const Args& args, cudaStream_t stream);
+void launch_few_heads_fp16(const Args& args, cudaStream_t stream);
+
 }  // namespace flashmla::sm90::sparse_prefill
