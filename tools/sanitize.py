@@ -192,7 +192,8 @@ def dense_decode_fp8(device: str) -> None:
 
 
 def sparse_prefill(device: str) -> None:
-    """The tests' cases, and some in which every SM has several queries, one for each kernel."""
+    """The tests' cases, some in which every SM has several queries, one for each kernel, and a list
+    that goes around the ring of tiles more than once."""
     from cases import SPARSE_PREFILL_CASES, SparsePrefillCase
 
     import flashmla
@@ -201,7 +202,8 @@ def sparse_prefill(device: str) -> None:
         SparsePrefillCase("many", s_q=200, h_q=h_q, topk=topk, sink=True)
         for h_q, topk in ((100, 70), (7, 200), (16, 64), (30, 150))
     ]
-    for case in (*SPARSE_PREFILL_CASES, *many):
+    long = SparsePrefillCase("long", s_q=2, h_q=64, topk=450)
+    for case in (*SPARSE_PREFILL_CASES, *many, long):
         x = case.build(device)
         flashmla.flash_mla_sparse_fwd(
             x.q, x.kv, x.indices, x.scale, 512, x.attn_sink, x.topk_length

@@ -61,8 +61,8 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
 
 struct KernelParams {
-  int items;  // queries * row_tiles; a CTA takes every gridDim.x-th
-  int row_tiles;
+  int items;      // queries * row_tiles; a CTA takes every gridDim.x-th
+  int row_tiles;  // of a query: 1 or 2
   int h_q;
   int d_qk;  // 576, or 512: no RoPE part
   int topk;
@@ -91,10 +91,14 @@ struct WorkItem {
   int length;  // of the list
 
   __device__ __forceinline__ WorkItem(const KernelParams& p, int number)
-      : query(number / p.row_tiles),
-        first_head((number - query * p.row_tiles) * kRows),
-        length(p.topk) {
+      : query(query_of(p, number)), first_head(first_head_of(p, number)), length(p.topk) {
     if (p.topk_length != nullptr) length = min(p.topk, max(0, __ldg(p.topk_length + query)));
+  }
+  __device__ __forceinline__ static int query_of(const KernelParams& p, int number) {
+    return number >> (p.row_tiles - 1);
+  }
+  __device__ __forceinline__ static int first_head_of(const KernelParams& p, int number) {
+    return (number & (p.row_tiles - 1)) * kRows;
   }
   // 0: nothing to attend to, and the result says so.
   __device__ __forceinline__ int tiles() const {  // no overflow at INT_MAX

@@ -223,15 +223,16 @@ struct Consumer {
     if (valid != ~uint64_t{0}) OnlineSoftmax::mask(s, valid);
   }
 
-  // Its probabilities, under which the product with the other's tile runs, and its own product.
+  // The end of the product with the other's tile, this one's probabilities, and its own product.
   template <class Output, class Scores, class Probabilities>
   __device__ __forceinline__ void finish_own_tile(int j, int tiles, OnlineSoftmax& softmax,
                                                   Output& o, Scores& s, Probabilities& pr) {
-    RowPair top;
-    const RowPair alpha = softmax.step(s, p.scale_log2, top);
+    const RowPair top = OnlineSoftmax::largest(s);
+    const RowPair alpha = softmax.raise_max(top, p.scale_log2);
+    finish_other_tile(j - 1, false, o);  // before the exponentials: RoPE's place is wanted
+    softmax.exponentiate(s, p.scale_log2);
     to_operand<T>(s, pr);
     publish(j, pr, softmax.max, alpha);
-    finish_other_tile(j - 1, false, o);
     if (any_rescale(alpha)) rescale(o, alpha);
     // V [256 columns, 64 tokens]
     auto v = cute::make_tensor(cute::make_smem_ptr(shared.half[owners_half(j).slot]),
@@ -241,7 +242,7 @@ struct Consumer {
     gemm_k_loop(output_mma_rs, pr, output_mma_rs.get_thread_slice(thread).partition_fragment_B(v),
                 o);
     cute::warpgroup_commit_batch();
-    note_largest(j, top);
+    note_largest(j, OnlineSoftmax::of_quad(top));
     cute::warpgroup_wait<0>();
     fence_fragment(o);
     if (j + 1 < tiles) release(&shared.half_empty[owners_half(j).slot]);
@@ -377,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<kRegistersProducer>();
-    Gatherer<T>{p, shared, q_map}.run();
+    Gatherer<T>(p, shared, q_map).run();
   } else if (warpgroup == 1) {
     cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
     Consumer<T, 0>{p, shared, out_map}.run();

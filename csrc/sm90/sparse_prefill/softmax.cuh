@@ -1,5 +1,5 @@
-// Dense decode's online softmax, for a list of tokens of which some do not count, and with the
-// largest score as a result of its own.
+// Dense decode's online softmax, for a list of tokens of which some do not count, with the largest
+// score as a result of its own, and in two halves.
 #pragma once
 
 #include "../dense_decode/softmax.cuh"
@@ -13,6 +13,11 @@ using dense_decode::row_half;
 using dense_decode::RowPair;
 
 struct OnlineSoftmax : dense_decode::RunningRows {
+  // Whether a maximum has outgrown the one in use; not if both are -inf.
+  __device__ __forceinline__ static bool outgrows(float m, float in_use, float scale_log2) {
+    return (m - in_use) * scale_log2 > kSlack;
+  }
+
   // Scores of tokens that do not count become -inf: whatever they held is gone. Bit t of `valid`
   // is token t of the tile.
   template <class Scores>
@@ -25,32 +30,60 @@ struct OnlineSoftmax : dense_decode::RunningRows {
     }
   }
 
-  // Turns scores into probabilities relative to the new maximum, in place. `tops` takes the largest
-  // score of the tile, or one that is below the largest of all; returned is what everything
-  // accumulated before must be multiplied by.
+  // The largest score of each of this thread's rows, in its columns only.
   template <class Scores>
-  __device__ __forceinline__ RowPair step(Scores& s, float scale_log2, RowPair& tops) {
-    RowPair alpha;
+  __device__ __forceinline__ static RowPair largest(const Scores& s) {
+    RowPair top;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float m[2] = {-INFINITY, -INFINITY};
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(s); ++i) {
+        if (row_half(i) == h) m[i & 1] = fmaxf(m[i & 1], s(i));
+      }
+      top.v[h] = fmaxf(m[0], m[1]);
+    }
+    return top;
+  }
+  // The same in all columns of the tile.
+  __device__ __forceinline__ static RowPair of_quad(RowPair top) {
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      top.v[h] = fmaxf(top.v[h], __shfl_xor_sync(0xffffffffu, top.v[h], 1));
+      top.v[h] = fmaxf(top.v[h], __shfl_xor_sync(0xffffffffu, top.v[h], 2));
+    }
+    return top;
+  }
+
+  // The first half of a step, given the largest scores of the tile, in this thread's columns: what
+  // everything accumulated before must be multiplied by. As in dense decode the maximum in use lags
+  // behind the true one, and whether any score has outgrown it is voted on.
+  __device__ __forceinline__ RowPair raise_max(const RowPair& top, float scale_log2) {
+    RowPair alpha{{1.f, 1.f}};
+    bool grown = false;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) grown |= outgrows(top.v[h], max.v[h], scale_log2);
+    if (__any_sync(0xffffffffu, grown)) {
+      const RowPair m = of_quad(top);
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        if (!outgrows(m.v[h], max.v[h], scale_log2)) continue;
+        alpha.v[h] = exp2f((max.v[h] - m.v[h]) * scale_log2);
+        max.v[h] = m.v[h];
+        sum.v[h] *= alpha.v[h];
+      }
+    }
+    return alpha;
+  }
+
+  // The second half: turns scores into probabilities relative to the maximum in use, in place.
+  template <class Scores>
+  __device__ __forceinline__ void exponentiate(Scores& s, float scale_log2) {
     float shift[2];
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      float m = max.v[h];
-      CUTE_UNROLL
-      for (int i = 0; i < cute::size(s); ++i) {
-        if (row_half(i) == h) m = fmaxf(m, s(i));
-      }
-      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-      tops.v[h] = m;
-      // The maximum in use lags behind the true one until that has grown by 2^kSlack: probabilities
-      // up to 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is.
-      const bool grown = (m - max.v[h]) * scale_log2 > kSlack;
-      m = grown ? m : max.v[h];
       // A row that has seen nothing keeps max -inf; shifting by 0 then gives exp2(-inf) = 0.
-      shift[h] = m == -INFINITY ? 0.f : m * scale_log2;
-      alpha.v[h] = grown ? exp2f(max.v[h] * scale_log2 - shift[h]) : 1.f;
-      max.v[h] = m;
-      sum.v[h] *= alpha.v[h];
+      shift[h] = max.v[h] == -INFINITY ? 0.f : max.v[h] * scale_log2;
     }
     CUTE_UNROLL
     for (int i = 0; i < cute::size(s); ++i) {
@@ -58,7 +91,6 @@ struct OnlineSoftmax : dense_decode::RunningRows {
       s(i) = exp2f(fmaf(s(i), scale_log2, -shift[h]));
       sum.v[h] += s(i);
     }
-    return alpha;
   }
 };
 
