@@ -151,25 +151,31 @@ def topk(device: str) -> None:
 
 
 def sparse_decode(device: str) -> None:
-    """The tests' cases, which have few heads or one tile, and more heads in lists cut or whole."""
+    """The tests' cases, which have few heads or one tile; then longer lists, cut or whole."""
     from cases import SPARSE_DECODE_CASES, SparseDecodeCase
 
     import flashmla
+    from flashmla.cuda import sparse
 
-    more = (
-        SparseDecodeCase("cut", b=1, s_q=1, h_q=70, topk=1100, blocks=20),
-        SparseDecodeCase("whole", b=140, s_q=1, h_q=64, topk=130),
-        SparseDecodeCase("clusters_of_two", b=70, s_q=1, h_q=100, topk=200, sink=True),
-        SparseDecodeCase("few_heads_whole", b=140, s_q=1, h_q=32, topk=130),
-        SparseDecodeCase("few_heads_cut_in_five", b=1, s_q=1, h_q=17, topk=300),
-    )
-    for case in (*SPARSE_DECODE_CASES, *more):
+    def run(case: SparseDecodeCase) -> None:
+        x = case.build(device)
+        flashmla.flash_mla_with_kvcache(
+            x.q, x.k_cache, None, None, 512, None, is_fp8_kvcache=True, indices=x.indices,
+            attn_sink=x.attn_sink, topk_length=x.topk_length,
+        )  # fmt: skip
+
+    for case in SPARSE_DECODE_CASES:
         if case.fp8:
-            x = case.build(device)
-            flashmla.flash_mla_with_kvcache(
-                x.q, x.k_cache, None, None, 512, None, is_fp8_kvcache=True, indices=x.indices,
-                attn_sink=x.attn_sink, topk_length=x.topk_length,
-            )  # fmt: skip
+            run(case)
+    longer = [
+        SparseDecodeCase(f"h{h_q}", 1, 2, h_q, 400, 20, sink=True) for h_q in (16, 32, 64, 100)
+    ]
+    chosen = sparse.splits_for
+    for splits_for in (chosen, lambda *_: 1):
+        sparse.splits_for = splits_for
+        for case in longer:
+            run(case)
+    sparse.splits_for = chosen
 
 
 def dense_decode_fp8(device: str) -> None:

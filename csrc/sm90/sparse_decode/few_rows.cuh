@@ -14,8 +14,9 @@
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90.hpp>
 
-#include "../../common/barrier.cuh"
+#include "../../common/vote.cuh"
 #include "few_rows_fetch.cuh"
+#include "few_rows_mask.cuh"
 #include "few_rows_operand.cuh"
 #include "few_rows_result.cuh"
 
@@ -32,37 +33,6 @@ struct Tiles {
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::_64, cute::Int<kN>, cute::_64>, Major::K,
                                  Major::K>()));
-};
-
-// ---- which tokens a query row may see, beside those that exist ----
-
-template <class Item>
-struct TokenMask {
-  __device__ __forceinline__ TokenMask(const KernelParams&, const Item&) {}
-  template <class Scores>
-  __device__ __forceinline__ void apply(const KernelParams&, int, int, Scores&) const {}
-};
-
-template <>
-struct TokenMask<PagedItem> {
-  int begin;  // the item's first token
-  int length;
-  int lowest_limit;  // of the rows: tiles that end below it need no mask
-
-  __device__ __forceinline__ TokenMask(const KernelParams& p, const PagedItem& w)
-      : begin(w.first_tile * kTokens), length(w.length), lowest_limit(key_limit(p, w.length, 0)) {}
-
-  // s: of tile j, of `token` and the one eight further on.
-  template <class Scores>
-  __device__ __forceinline__ void apply(const KernelParams& p, int j, int token, Scores& s) const {
-    const int first = begin + j * kTokens;
-    if (first + kTokens <= lowest_limit) return;
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(s); ++i) {
-      const int row = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      if (first + token + i / 2 % 2 * 8 >= key_limit(p, length, row)) s(i) = -INFINITY;
-    }
-  }
 };
 
 // ---- the warpgroups that convert and multiply ----
@@ -242,7 +212,7 @@ struct Consumer {
     }
   }
 
-  // Oᵀ[512, kN] += Vᵀ Pᵀ, 64 columns an instruction. The operand's row r of column tile 2 g + i
+  // Oᵀ[512, kN] += Vᵀ Pᵀ, 64 columns an instruction. Row r of column tile 2 g + i of the operand
   // is column 128 g + 4 (8 w + r % 8) + 2 i + r / 8 % 2 of V, w being its warp: a thread finds its
   // columns of two tiles in one word.
   template <class Output>
@@ -336,8 +306,10 @@ struct Consumer {
       grown |=
           dense_decode::OnlineSoftmax::outgrows(s(i), rows.max[i / 4 * 2 + i % 2], p.scale_log2);
     }
-    if (any_at_barrier(kBarriersOfCutlass + kWarpgroup + warpgroup, 128, grown)) grow(s, o);
-    if ((info.exists[0] & info.exists[1]) != 0xffffffffu) clear_missing(raw, info);
+    if (sync_or(kBarriersOfCutlass + kWarpgroup + warpgroup, 128, grown)) grow(s, o);
+    if (contiguous<Source>(p) && (info.exists[0] & info.exists[1]) != 0xffffffffu) {
+      clear_missing(raw, info);
+    }
     CUTE_UNROLL
     for (int i = 0; i < size(s); ++i) {
       const int row = i / 4 * 2 + i % 2;
@@ -426,11 +398,7 @@ struct Consumer {
       }
       meet_all();
     }
-    if (warpgroup != 0) return;
-    if constexpr (!Source::kPaged) {
-      if (p.merges) return leave(shared, rows, o);
-    }
-    store(p, work, rows, o);
+    if (warpgroup == 0) store(p, work, rows, o);
   }
 };
 
@@ -441,7 +409,7 @@ __global__ void __launch_bounds__(Config<kN>::kThreads, 1)
   auto& shared = *reinterpret_cast<SharedStorage<kN>*>(raw);
   if (threadIdx.x == 0) {
     for (int s = 0; s < Config<kN>::kSlots; ++s) {
-      Barrier::init(&shared.full[s], 1);
+      Barrier::init(&shared.full[s], arrivals_of_full<Source>(p));
       Barrier::init(&shared.empty[s], kWarps);
       shared.info[s].number = -1;
     }
@@ -450,7 +418,7 @@ __global__ void __launch_bounds__(Config<kN>::kThreads, 1)
   __syncthreads();
   if (threadIdx.x >= Config<kN>::kConsumerThreads) {
     cutlass::arch::warpgroup_reg_dealloc<Config<kN>::kRegistersProducer>();
-    if (threadIdx.x < Config<kN>::kConsumerThreads + 32) fetch<Source, kN>(p, shared);
+    fetch<Source>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config<kN>::kRegistersConsumer>();
     Consumer<Source, kN> consumer{p, shared};
@@ -463,7 +431,6 @@ __global__ void __launch_bounds__(Config<kN>::kThreads, 1)
       for (int number = blockIdx.x; number < p.items; number += gridDim.x) {
         consumer.run_item(work_item(p, number), Source::rows(p, number));
       }
-      if (p.merges) merge_cluster(p, shared);
     }
   }
 }

@@ -22,7 +22,7 @@ struct Config {
   // whole output, 512 x kN.
   static constexpr int kWarpgroups = kN <= 16 ? 3 : 2;
   static constexpr int kConsumerThreads = kWarpgroups * 128;
-  // And one warp that fetches: it takes a warpgroup to trade registers.
+  // And one that fetches.
   static constexpr int kThreads = kConsumerThreads + 128;
   static constexpr int kRegistersConsumer = kN <= 16 ? 160 : 240;
   static constexpr int kRegistersProducer = kN <= 16 ? 32 : 24;
@@ -63,6 +63,7 @@ struct TileInfo {
 template <int kN>
 struct SharedStorage {
   using C = Config<kN>;
+  static constexpr int kSlots = C::kSlots;
   alignas(1024) Element q[kPieces * C::kPieceElements];  // [9 pieces][kN][64]
   // For each warpgroup and group of columns, times that group's scales: [kN rows][64 tokens].
   alignas(1024) Element probabilities[C::kWarpgroups][kGroups][C::kPieceElements];
@@ -71,7 +72,6 @@ struct SharedStorage {
   float largest[C::kWarpgroups][kWarps][kN];  // scores of the tile at hand
   float max[C::kWarpgroups][kN];
   float sum[C::kWarpgroups][kWarps][kN];
-  float2 row[kN];  // for the rest of a cluster: maximum and sum
   uint64_t full[C::kSlots];
   uint64_t empty[C::kSlots];
 

@@ -6,7 +6,8 @@ namespace flashmla::sm90::sparse_decode {
 
 void launch(const Args& args, cudaStream_t stream) {
   if (args.cache == Cache::kFp8) {
-    launch_fp8(args, stream);
+    const bool few_rows = args.rows <= kFewRows && args.splits == 1;
+    (few_rows ? launch_few_rows : launch_fp8)(args, stream);
   } else {
     (args.is_bf16 ? launch_bf16 : launch_fp16)(args, stream);
   }

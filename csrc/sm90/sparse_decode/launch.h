@@ -64,7 +64,8 @@ constexpr int row_tiles(int rows) {
   return (rows + kRowsACta - 1) / kRowsACta;
 }
 
-// Up to so many query rows of a request pages are read by a kernel of their own (few_rows.cuh).
+// Up to so many query rows, pages and lists that are not split have a kernel of their own
+// (few_rows.cuh).
 constexpr int kFewRows = 32;
 
 void launch(const Args& args, cudaStream_t stream);
