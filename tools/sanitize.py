@@ -205,7 +205,7 @@ def sparse_prefill(device: str) -> None:
     import flashmla
 
     many = [
-        SparsePrefillCase("many", s_q=200, h_q=h_q, topk=topk, sink=True)
+        SparsePrefillCase("many", s_q=140, h_q=h_q, topk=topk, sink=True)
         for h_q, topk in ((100, 70), (7, 200), (16, 64), (30, 150))
     ]
     long = SparsePrefillCase("long", s_q=2, h_q=64, topk=450)

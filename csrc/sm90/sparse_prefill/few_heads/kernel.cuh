@@ -57,7 +57,6 @@ struct Consumer {
     }
   }
 
-  // region: few_heads_products
   // Sᵀ[64 tokens, heads] = K Qᵀ. 36 wgmma, four for each piece, as they arrive.
   template <class Scores>
   __device__ __forceinline__ void compute_scores(int tile, Scores& s) {
@@ -118,9 +117,7 @@ struct Consumer {
     give_back(2);
     fence_fragment(o);
   }
-  // endregion: few_heads_products
 
-  // region: few_heads_tile
   template <class Output>
   __device__ __forceinline__ void run_tile(int tile, bool keep, Softmax& softmax, Output& o) {
     using namespace cute;
@@ -151,7 +148,6 @@ struct Consumer {
     softmax.add(s, pr);
     add_output(tile, keep, to, o);
   }
-  // endregion: few_heads_tile
 
   // One block, [64 columns, heads], by a factor for each head.
   template <class Block>
