@@ -291,7 +291,12 @@ def plant_flash_attention_3(monkeypatch: pytest.MonkeyPatch, path: Path, source:
 def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch, tmp_path, name, spread):
     plant_flash_attention_3(monkeypatch, tmp_path / f"{name}.py", FLASH_ATTENTION_3)
     make = mha.peers(torch.device("cuda"), "mha_forward")["peer:flash-attention-3"]
-    assert "peer:flash-attention-3" not in mha.peers(torch.device("cuda"), "mha_backward")
+    assert len(mha.peers(torch.device("cuda"), "mha_backward")) == 1
+    info = tmp_path / "fa3_fwd-0.0.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fa3-fwd\nVersion: 0.0.3\n")
+    (info / "top_level.txt").write_text(name)
+    assert "peer:fa3-fwd-0.0.3" in mha.peers(torch.device("cuda"), "mha_forward")
     problem = problems.MAKERS["mha_forward"](replace(PREFILL[0], spread=spread), CPU)
     (name_of_call, args, kwargs), shape = make(problem)(0)[0].of
     assert kwargs == {"causal": True}

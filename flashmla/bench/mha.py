@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -112,9 +113,15 @@ def peers(device: torch.device, op: str) -> dict[str, Callable[[Any], Side]]:
         return {}
     found: dict[str, Callable[[Any], Side]] = {}
     found[f"peer:cudnn-{torch.backends.cudnn.version()}"] = _cudnn
-    if op == MHA_FORWARD and _flash_attention_3_module() is not None:
-        found["peer:flash-attention-3"] = _flash_attention_3
+    if op == MHA_FORWARD and (module := _flash_attention_3_module()) is not None:
+        found[f"peer:{_distribution(module) or 'flash-attention-3'}"] = _flash_attention_3
     return found
+
+
+def _distribution(module: ModuleType) -> str | None:
+    """What was installed and has the module, with its version; None for a module from elsewhere."""
+    names = importlib.metadata.packages_distributions().get(module.__name__, [])
+    return f"{names[0]}-{importlib.metadata.version(names[0])}" if names else None
 
 
 def _flash_attention_3_module() -> ModuleType | None:
