@@ -53,7 +53,7 @@ struct SharedStorage {
   uint64_t kv_full;
   uint64_t q_full[kStages], q_empty[kStages];
   uint64_t d_out_full[kStages], d_out_empty[kStages];
-  uint64_t ds_full[2];
+  uint64_t ds_full[2], ds_empty[2];
   bool head_done;  // this was the last block of keys to add to its heads' dQ
 };
 static_assert(sizeof(SharedStorage<cutlass::half_t, 192>) <= 232448, "227 KB a CTA");

@@ -142,10 +142,10 @@ struct Adder {
 template <class T, int kDimQk, bool kHasAdder>
 struct Consumer {
   static constexpr int kPieces = kPiecesQk<kDimQk>;
-  static constexpr bool kBothAtOnce = kDimQk == 128;     // Sᵀ and dPᵀ: there are registers for it
-  using Rows64 = SwizzledTile<T, 64>;                    // [64 keys or queries, 64]
-  using QueriesT = TransposedTile<T, kQueries, kDimQk>;  // [d_qk, 64 queries]
-  using DOutT = TransposedTile<T, kQueries, kDimV>;      // [128, 64 queries]
+  static constexpr bool kBothAtOnce = kDimQk == 128;         // two products: there are registers
+  using Rows64 = SwizzledTile<T, 64>;                        // [64 keys or queries, 64]
+  using QueriesT = TransposedTile<T, kQueries, kDimQk>;      // [d_qk, 64 queries]
+  using DOutT = TransposedTile<T, kQueries, kDimV>;          // [128, 64 queries]
   using BlockT = TransposedTile<T, kBlockKeys, kPieceCols>;  // [64, 128 keys]
 
   const KernelParams& p;
@@ -378,12 +378,15 @@ struct Consumer {
       clear_rows<kPieces, kBlockKeys>(shared.k[0], work.keys - work.row);
     }
     int count = 0;
+    Owed owed{-1, 0, 0};
     for (int h = work.head * p.group; h < (work.head + 1) * p.group; ++h) {
       const int64_t tiles = static_cast<int64_t>(h) * p.tiles + work.tile_base();
       for (int m = work.first_tile; m < work.query_tiles; ++m, ++count) {
-        run_tile(count, m, tiles + m, dk, dv);
+        run_tile(count, m, owed, dk, dv);
+        owed = {count, m, tiles + m};
       }
     }
+    if (count > 0) run_dq(owed);
     const int key = work.row + index * kKeys + row;
     const int64_t first = (static_cast<int64_t>(work.first_key) + key) * p.h_kv + work.head;
     const bool exists[2] = {key < work.keys, key + 8 < work.keys};
@@ -395,9 +398,18 @@ struct Consumer {
     if (work.queries > 0) finish();
   }
 
+  // A tile whose dQ has not been computed yet. It is one behind, so that the consumers need not be
+  // at the same place: while one takes exponentials, the other has products in the queue.
+  struct Owed {
+    int count, m;
+    int64_t tile;
+    __device__ __forceinline__ int parity() const { return count & 1; }
+    __device__ __forceinline__ uint32_t phase() const { return count / 2 & 1; }
+  };
+
   // region: backward_tile
   template <class DK, class DV>
-  __device__ __forceinline__ void run_tile(int count, int m, int64_t tile, DK& dk, DV& dv) {
+  __device__ __forceinline__ void run_tile(int count, int m, const Owed& owed, DK& dk, DV& dv) {
     using namespace cute;
     const int stage = count % kStages, parity = count % 2;
     const uint32_t phase = count / 2 & 1;
@@ -439,33 +451,56 @@ struct Consumer {
     fence_fragment(dp);
     differentiate(dp, pr, stage, m);
     to_operand<0>(dp, ds);
+    Barrier::wait(&shared.ds_empty[parity], phase ^ 1);
     publish(parity, ds);
     warpgroup_wait<0>();
     fence_fragment(dv);
     release(&shared.d_out_empty[stage]);
 
-    // dK = dSᵀ q, and dQ = dS K for my pieces of 64 columns.
+    // dK = dSᵀ q, and dQ of the tile before: what the other consumer gives to it is there.
     auto q = make_tensor(make_smem_ptr(shared.q[stage]), QueriesT{});
     fence_fragment(dk);
     warpgroup_arrive();
     gemm_k_loop(dk_mma, ds, dk_mma.get_thread_slice(thread).partition_fragment_B(q), dk);
     warpgroup_commit_batch();
-    warpgroup_wait<0>();
-    fence_fragment(dk);
-    release(&shared.q_empty[stage]);
-    Barrier::wait(&shared.ds_full[parity], phase);
-    const Share<kPieces> share(m, index);
-    auto dq = partition_fragment_C(dq_mma, Shape<Int<kQueries>, Int<kPieceCols>>{});
-    start_dq(parity, share.first, dq);
-    warpgroup_wait<0>();
-    fence_fragment(dq);
-    add_dq(tile, share.first, dq);
-    if (share.count == 2) {
-      start_dq(parity, share.first + 1, dq);
+    if constexpr (kBothAtOnce) {
+      if (count > 0) Barrier::wait(&shared.ds_full[owed.parity()], owed.phase());
+      const Share<kPieces> share(owed.m, index);
+      auto dq = partition_fragment_C(dq_mma, Shape<Int<kQueries>, Int<kPieceCols>>{});
+      start_dq(1 - parity, share.first, dq);  // of nothing before the first tile: not used
+      warpgroup_wait<1>();
+      fence_fragment(dk);
+      release(&shared.q_empty[stage]);
       warpgroup_wait<0>();
       fence_fragment(dq);
-      add_dq(tile, share.first + 1, dq);
+      if (count > 0) finish_piece(owed, share.first, true, dq);
+    } else {
+      warpgroup_wait<0>();
+      fence_fragment(dk);
+      release(&shared.q_empty[stage]);
+      if (count > 0) run_dq(owed);
     }
+  }
+
+  // dQ = dS K of a tile, my pieces of 64 columns one after the other.
+  __device__ __forceinline__ void run_dq(const Owed& owed) {
+    using namespace cute;
+    Barrier::wait(&shared.ds_full[owed.parity()], owed.phase());
+    const Share<kPieces> share(owed.m, index);
+    auto dq = partition_fragment_C(dq_mma, Shape<Int<kQueries>, Int<kPieceCols>>{});
+    for (int i = 0; i < share.count; ++i) {
+      start_dq(owed.parity(), share.first + i, dq);
+      warpgroup_wait<0>();
+      fence_fragment(dq);
+      finish_piece(owed, share.first + i, i + 1 == share.count, dq);
+    }
+  }
+
+  template <class Fragment>
+  __device__ __forceinline__ void finish_piece(const Owed& owed, int piece, bool last,
+                                               const Fragment& dq) const {
+    if (last) release(&shared.ds_empty[owed.parity()]);
+    add_dq(owed.tile, piece, dq);
   }
   // endregion: backward_tile
 };
@@ -492,6 +527,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Barrier::init(&shared.d_out_full[i], 1);
       Barrier::init(&shared.d_out_empty[i], 4 * kConsumers);
       Barrier::init(&shared.ds_full[i], 4 * kConsumers);
+      Barrier::init(&shared.ds_empty[i], 4 * kConsumers);
     }
     cutlass::arch::fence_barrier_init();
   }
