@@ -36,12 +36,13 @@ inline EncodeTiledFn encode_tiled() {
 
 // A tensor of elements of `element` bytes seen as `Rank` dimensions, innermost first. `strides` are
 // in elements and leave out the innermost (1). What a box covers outside the tensor arrives as
-// zeros and is never read.
+// zeros and is never read. What L2 has to fetch it fetches in pieces of `promotion`.
 template <int Rank>
 CUtensorMap make_tensor_map(CUtensorMapDataType type, int element, CUtensorMapSwizzle swizzle,
                             const void* base, const std::array<uint64_t, Rank>& shape,
                             const std::array<uint64_t, Rank - 1>& strides,
-                            const std::array<uint32_t, Rank>& box) {
+                            const std::array<uint32_t, Rank>& box,
+                            CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   std::array<cuuint64_t, Rank> dims{};
   std::array<cuuint64_t, Rank> bytes{};  // one more than is read: a Rank of 1 has no stride
   std::array<cuuint32_t, Rank> extent{};
@@ -56,8 +57,8 @@ CUtensorMap make_tensor_map(CUtensorMapDataType type, int element, CUtensorMapSw
   CUtensorMap map;
   const CUresult status =
       encode_tiled()(&map, type, Rank, const_cast<void*>(base), dims.data(), bytes.data(),
-                     extent.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                     extent.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     TVM_FFI_THROW(ValueError) << "cuTensorMapEncodeTiled refused a tensor (code "
                               << static_cast<int>(status)
@@ -68,12 +69,13 @@ CUtensorMap make_tensor_map(CUtensorMapDataType type, int element, CUtensorMapSw
 
 // 16-bit elements; boxes land in shared memory in the 128-byte swizzle that wgmma reads.
 template <int Rank>
-CUtensorMap make_tensor_map_16bit(const void* base, bool is_bf16,
-                                  const std::array<uint64_t, Rank>& shape,
-                                  const std::array<uint64_t, Rank - 1>& strides,
-                                  const std::array<uint32_t, Rank>& box) {
+CUtensorMap make_tensor_map_16bit(
+    const void* base, bool is_bf16, const std::array<uint64_t, Rank>& shape,
+    const std::array<uint64_t, Rank - 1>& strides, const std::array<uint32_t, Rank>& box,
+    CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   const auto type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return make_tensor_map<Rank>(type, 2, CU_TENSOR_MAP_SWIZZLE_128B, base, shape, strides, box);
+  return make_tensor_map<Rank>(type, 2, CU_TENSOR_MAP_SWIZZLE_128B, base, shape, strides, box,
+                               promotion);
 }
 
 }  // namespace flashmla

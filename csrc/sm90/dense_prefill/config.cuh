@@ -27,7 +27,8 @@ constexpr int kPieceTokensV = kTokens / kPiecesV;
 template <int kDimQk>
 constexpr int kPiecesQk = kDimQk / kPieceCols;
 
-constexpr int kBlocksAhead = 3;  // places for work descriptions
+constexpr int kBlocksAhead = 2;  // places for work descriptions
+constexpr int kTilesAhead = 3;   // this many tiles before a block's end the next one is drawn
 
 // Hardware barriers between warps of this CTA; 0 to 2 belong to consumer 0, 1 and 2.
 enum BarrierId : uint32_t {
@@ -71,6 +72,7 @@ struct SharedStorage {
   uint64_t q_full[kPlacesQ], q_empty[kPlacesQ];
   uint64_t ring_full[kSlots], ring_empty[kSlots];
   uint64_t work_full[kBlocksAhead], work_empty[kBlocksAhead];
+  uint64_t work_wanted;  // the next block may be drawn
   Work work[kBlocksAhead];
 };
 static_assert(sizeof(SharedStorage<cutlass::half_t, 192>) <= 232448, "227 KB a CTA");

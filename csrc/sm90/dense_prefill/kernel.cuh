@@ -31,7 +31,10 @@ __device__ __forceinline__ void produce_kv(const KernelParams& p, SharedStorage<
     if (work.head < 0) return;
     const int kv_head = work.head / p.group;
     // region: producer
-    for (int j = work.tiles(work.row + kBlockRows - 1, p.causal) - 1; j >= 0; --j) {
+    const int tiles = work.tiles(work.row + kBlockRows - 1, p.causal);
+    if (tiles == 0) Barrier::arrive(&shared.work_wanted);
+    for (int j = tiles - 1; j >= 0; --j) {
+      if (j == min(tiles - 1, kTilesAhead)) Barrier::arrive(&shared.work_wanted);
       const int token = work.first_key + j * kTokens;
       for (int i = 0; i < kPiecesQk<kDimQk> + kPiecesV; ++i, place.advance()) {
         uint64_t* full = &shared.ring_full[place.slot];
@@ -205,9 +208,8 @@ struct Consumer {
     if (j * kTokens + kWidth > limits.lowest) {
       OnlineSoftmax::mask(s, j * kTokens, limits.of_rows);
     }
-    const RowPair alpha = softmax.raise_max(s, p.scale_log2);
+    softmax.raise_max(s, o, p.scale_log2);
     const RowPair shift = softmax.shift(p.scale_log2);
-    rescale(o, alpha);
     wait_pieces<kPiecesV>();
     if ((j + 1) * kTokens > work.keys) clear_tail(work.keys - j * kTokens);
 
@@ -283,6 +285,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Barrier::init(&shared.ring_full[i], 1);
       Barrier::init(&shared.ring_empty[i], 4 * kConsumers);
     }
+    Barrier::init(&shared.work_wanted, 1);
     for (int i = 0; i < kBlocksAhead; ++i) {
       Barrier::init(&shared.work_full[i], 1);
       Barrier::init(&shared.work_empty[i], 4 * kConsumers + 2);  // and the two fetching threads

@@ -11,9 +11,11 @@ namespace flashmla::sm90::dense_prefill {
 
 template <class T, int kDimQk>
 void launch(const DensePrefillArgs& a, cudaStream_t stream) {
-  const CUtensorMap q_map = row_map(a.q, a.is_bf16, kDimQk, kRows);
-  const CUtensorMap k_map = row_map(a.k, a.is_bf16, kDimQk, kTokens);
-  const CUtensorMap v_map = row_map(a.v, a.is_bf16, kDimV, kPieceTokensV);
+  // A head's 384 bytes of a key would be 512 in pieces of 256, and another head's among them.
+  constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+  const CUtensorMap q_map = row_map(a.q, a.is_bf16, kDimQk, kRows, kPromotion);
+  const CUtensorMap k_map = row_map(a.k, a.is_bf16, kDimQk, kTokens, kPromotion);
+  const CUtensorMap v_map = row_map(a.v, a.is_bf16, kDimV, kPieceTokensV, kPromotion);
 
   const int h_q = static_cast<int>(a.q.heads);
   const KernelParams p{

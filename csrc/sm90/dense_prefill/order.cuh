@@ -14,16 +14,13 @@ struct Block {
   int rank;  // among the blocks of the sequence and head; rank 0 comes first
 };
 
-// How many heads' columns are worked on at a time: 32, if those take no less than `smallest` bytes
-// and no more than `largest`.
+// How many heads' columns are worked on at a time: those that take `bytes`, and at least one.
 struct HeadSets {
-  static constexpr int kUsual = 32;
   int bytes_per_column;
-  int64_t smallest, largest;
+  int64_t bytes;
 
   __device__ __forceinline__ int sharing(int columns, int heads) const {
-    const int64_t bytes = int64_t{max(1, columns)} * bytes_per_column;
-    const int64_t wanted = min(max(int64_t{kUsual}, smallest / bytes), largest / bytes);
+    const int64_t wanted = bytes / (int64_t{max(1, columns)} * bytes_per_column);
     return static_cast<int>(max(int64_t{1}, min(wanted, int64_t{heads})));
   }
 };

@@ -1,5 +1,7 @@
 // Who computes which block: one thread of each CTA draws numbers from a common counter, turns them
-// into blocks and leaves those in shared memory for the CTA's other warps.
+// into blocks and leaves those in shared memory for the CTA's other warps. It draws late, when keys
+// and values of the block before have been asked for but for a few tiles: what is drawn early waits
+// behind a long block, and is computed when its head's keys have left L2.
 #pragma once
 
 #include "config.cuh"
@@ -7,16 +9,15 @@
 
 namespace flashmla::sm90::dense_prefill {
 
-// Keys and values that are worked on at a time. Of a long sequence a little more than L2 holds,
-// measured as better than less: not all of a head's blocks run at once. A short one's blocks are
-// done so soon that its keys should still be in L2 when the head's next rank comes.
-constexpr int64_t kSmallestSet = int64_t{20} << 20, kLargestSet = int64_t{64} << 20;
+// Keys and values that are worked on at a time: less than half of L2, each half of which keeps its
+// own copy of what its SMs read.
+constexpr int64_t kSetBytes = int64_t{20} << 20;
 
 // The blocks of a head are counted from the sequence's end: causal, the last queries see the most
 // keys, and the block that is not full is then the lightest one.
 template <int kDimQk>
 __device__ __forceinline__ Work find_work(const KernelParams& p, int64_t number) {
-  const HeadSets sets{(kDimQk + kDimV) * 2, kSmallestSet, kLargestSet};
+  const HeadSets sets{(kDimQk + kDimV) * 2, kSetBytes};
   const Block block = find_block(p.sequences, p.plan, number, p.h_q, p.group, sets);
   Work work;
   work.head = block.head;
@@ -34,6 +35,7 @@ __device__ __forceinline__ Work find_work(const KernelParams& p, int64_t number)
 template <class T, int kDimQk>
 __device__ __forceinline__ void schedule(const KernelParams& p, SharedStorage<T, kDimQk>& shared) {
   RingPlace<kBlocksAhead> at;
+  uint32_t parity = 0;
   for (int64_t number = blockIdx.x;;) {
     const Work work = find_work<kDimQk>(p, number);
     Barrier::wait(&shared.work_empty[at.slot], at.parity ^ 1);
@@ -41,6 +43,8 @@ __device__ __forceinline__ void schedule(const KernelParams& p, SharedStorage<T,
     Barrier::arrive(&shared.work_full[at.slot]);
     at.advance();
     if (work.head < 0) return;
+    Barrier::wait(&shared.work_wanted, parity);
+    parity ^= 1;
     number = gridDim.x + static_cast<int64_t>(atomicAdd(p.plan.next, 1));
   }
 }

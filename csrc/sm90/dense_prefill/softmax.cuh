@@ -21,6 +21,11 @@ struct OnlineSoftmax {
 
   __device__ __forceinline__ OnlineSoftmax() : max{{-INFINITY, -INFINITY}}, sum{{0.f, 0.f}} {}
 
+  // Whether a maximum has outgrown the one in use; not if both are -inf.
+  __device__ __forceinline__ static bool outgrows(float top, float in_use, float scale_log2) {
+    return (top - in_use) * scale_log2 > kSlack;
+  }
+
   // Scores of positions a row may not see become -inf: whatever they held, NaN too, is gone.
   template <class Scores>
   __device__ __forceinline__ static void mask(Scores& s, int first_token, const int (&limit)[2]) {
@@ -32,29 +37,41 @@ struct OnlineSoftmax {
     }
   }
 
-  // Looks at a tile of scores and returns what everything accumulated before must be multiplied by.
+  // Looks at a tile of scores, raises the maximum where it must, and with it what was accumulated
+  // before: O and the sums.
+  //
   // The maximum in use lags behind the true one until that has grown by 2^kSlack: probabilities up
-  // to 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is.
-  template <class Scores>
-  __device__ __forceinline__ RowPair raise_max(const Scores& s, float scale_log2) {
+  // to 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is. Such a tile
+  // needs no row's maximum, only that no score is too large, which a vote tells sooner than
+  // shuffles.
+  template <class Scores, class Output>
+  __device__ __forceinline__ void raise_max(const Scores& s, Output& o, float scale_log2) {
     // Two chains a row: a maximum depends on the one before.
     float m[2][2] = {{s(0), s(1)}, {s(2), s(3)}};
     CUTE_UNROLL
     for (int i = 4; i < cute::size(s); ++i) {
       m[row_half(i)][i & 1] = fmaxf(m[row_half(i)][i & 1], s(i));
     }
+    RowPair top;  // of this thread's columns
+    bool grown = false;
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      top.v[h] = fmaxf(m[h][0], m[h][1]);
+      grown |= outgrows(top.v[h], max.v[h], scale_log2);
+    }
+    if (!__any_sync(0xffffffffu, grown)) return;
     RowPair alpha;
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      float top = fmaxf(fmaxf(m[h][0], m[h][1]), max.v[h]);
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const bool grown = (top - max.v[h]) * scale_log2 > kSlack;
-      alpha.v[h] = grown ? exp2f((max.v[h] - top) * scale_log2) : 1.f;
-      if (grown) max.v[h] = top;
+      top.v[h] = fmaxf(top.v[h], __shfl_xor_sync(0xffffffffu, top.v[h], 1));
+      top.v[h] = fmaxf(top.v[h], __shfl_xor_sync(0xffffffffu, top.v[h], 2));
+      const bool row_grown = outgrows(top.v[h], max.v[h], scale_log2);
+      alpha.v[h] = row_grown ? exp2f((max.v[h] - top.v[h]) * scale_log2) : 1.f;
+      if (row_grown) max.v[h] = top.v[h];
       sum.v[h] *= alpha.v[h];
     }
-    return alpha;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(o); ++i) o(i) *= alpha.v[row_half(i)];
   }
 
   // What scaled scores are to be reduced by. A row that has seen nothing keeps max -inf; reducing
@@ -92,13 +109,5 @@ struct OnlineSoftmax {
   }
 };
 // endregion: online_softmax
-
-// Multiplies the rows of O, where any row of the warp asks for it.
-template <class Accumulator>
-__device__ __forceinline__ void rescale(Accumulator& o, const RowPair& factor) {
-  if (!__any_sync(0xffffffffu, factor.v[0] != 1.f || factor.v[1] != 1.f)) return;
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size(o); ++i) o(i) *= factor.v[row_half(i)];
-}
 
 }  // namespace flashmla::sm90::dense_prefill

@@ -515,7 +515,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<SharedStorage<T, kDimQk>*>(raw);
   // What a query costs in L2: its rows of Q and dO, and its float32 sums.
-  const HeadSets sets{p.group * (kDimQk * 6 + kDimV * 2), kSetBytes, kSetBytes};
+  const HeadSets sets{p.group * (kDimQk * 6 + kDimV * 2), kSetBytes};
   const Block block = dense_prefill::find_block(p.sequences, p.plan, blockIdx.x, p.h_kv, 1, sets);
   if (block.head < 0) return;
   const Work work(p, block, kDeterministic);
