@@ -62,9 +62,6 @@ static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
 
 struct KernelParams {
   DecodeShape shape;
-  const void* q;  // [batch * h_kv, rows, d_qk]
-  int64_t q_stride_batch, q_stride_row;
-  int d_qk;  // 576, or 512: no RoPE part
   bool causal;
   float scale_log2;        // softmax_scale * log2(e): scores go straight to exp2
   const int* block_table;  // [batch, block_table_stride]

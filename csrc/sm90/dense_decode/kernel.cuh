@@ -369,6 +369,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
+  // All of this may go on while the kernel before is still at work; what comes now needs its
+  // results. What follows this one may begin likewise as soon as there is room.
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {

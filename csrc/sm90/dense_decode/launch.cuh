@@ -30,10 +30,6 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
   const int row_tiles = (shape.rows() + kRows - 1) / kRows;
   KernelParams p;
   p.shape = shape;
-  p.q = a.q;
-  p.q_stride_batch = a.q_stride_batch;
-  p.q_stride_row = a.q_stride_row;
-  p.d_qk = a.d_qk;
   p.causal = a.causal;
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   p.block_table = a.block_table;
@@ -58,16 +54,18 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
   const auto kernel = &dense_decode_kernel<T>;
   allow_shared_memory<&dense_decode_kernel<T>>(kShared);
   const dim3 grid(row_tiles, shape.h_kv, shape.parts);
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = p.meeting != nullptr ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = p.meeting != nullptr ? 2 : 1;
   FLASHMLA_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p, q_map, k_map));
 }
 

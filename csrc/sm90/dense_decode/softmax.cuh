@@ -5,7 +5,6 @@
 // + (i & 1), where quad_lane is the thread's place among the four that share its rows.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
 #include <cute/tensor.hpp>
 
 #include <cmath>
