@@ -49,6 +49,7 @@ def dense_decode(device: str) -> None:
         DecodeCase("two_row_tiles", (700, 3), h_q=128),
         DecodeCase("two_kv_heads", (65, 0), h_q=8, h_kv=2, s_q=2, causal=True),
         DecodeCase("split", (2100, 64), h_q=64),
+        DecodeCase("split_2_3_4", (1000, 1300, 700, 0, 1500), s_q=8, h_q=64, causal=True),
         DecodeCase("sink", (1100, 0, 5), h_q=64, sink=True),
         DecodeCase("no_rope", (1100, 65), h_q=64, d_qk=512),
         *(DecodeCase(f"page_{page}", (300, 1), h_q=64, page=page) for page in (16, 32, 128, 256)),

@@ -45,7 +45,7 @@ def test_repeats_bit_for_bit(name: str) -> None:
         assert_identical("lse", lse, first_lse)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 7, 66, 132])
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 7, 9, 20, 66, 132])
 def test_any_plan_gives_the_same_answer(parts: int) -> None:
     case = DecodeCase("plans", (0, 1, 64, 500, 3000), s_q=2, h_q=64, causal=True, seed=7)
     inputs = case.build(DEVICE)
@@ -72,6 +72,110 @@ def test_partial_results_of_few_rows_and_of_many(b: int, h_q: int) -> None:
         again_out, again_lse = decode(inputs, plan)
         assert_identical("out", again_out, out)
         assert_identical("lse", again_lse, lse)
+
+
+def test_a_chain_of_requests_cut_in_two() -> None:
+    """Every block has the end of one request and the beginning of the next."""
+    lengths = tuple(64 * 12 + 1 + 70 * i % 300 for i in range(40))
+    inputs = DecodeCase("chain", lengths, s_q=3, h_q=40, causal=True, sink=True, seed=12).build(
+        DEVICE
+    )
+    tiles = [-(-n // 64) for n in lengths]
+    cuts = [(r, tiles[r] * (3 + r % 5) // 9) for r in range(len(lengths))]
+    rows = [[*begin, *end, 1] for begin, end in zip(cuts, cuts[1:], strict=False)]
+    rows = [[0, 0, *cuts[0], 0], *rows, [*cuts[-1], len(lengths), 0, 1]]
+    metadata = torch.zeros(len(rows), 8, dtype=torch.int32)
+    metadata[:, :5] = torch.tensor(rows)
+    num_splits = torch.arange(0, 2 * len(lengths) + 1, 2, dtype=torch.int32)
+    plan = metadata.to(DEVICE), num_splits.to(DEVICE)
+    first_out, first_lse = decode(inputs, plan)
+    want_out, want_lse = inputs.expected()
+    assert_out_close(first_out, want_out)
+    assert_lse_close(first_lse, want_lse)
+    for _ in range(2 * REPEATS):
+        poison_free_memory()
+        out, lse = decode(inputs, plan)
+        assert_identical("out", out, first_out)
+        assert_identical("lse", lse, first_lse)
+
+
+@pytest.mark.parametrize("b", [2, 5, 40])
+def test_a_plan_of_longer_requests(b: int) -> None:
+    """Parts whose share of a request has shrunk, to nothing at worst, still merge it rightly."""
+    inputs = DecodeCase("shrinking", (1500,) * b, s_q=2, h_q=64, causal=True, seed=13).build(DEVICE)
+    plan = plan_for(inputs)
+    assert plan[1][-1] > b
+    for shorter in ((1000, 0), (64, 900), (0, 1), (500, 700)):
+        lengths = (shorter * b)[-b:]
+        inputs.cache_seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        poison_free_memory()
+        out, lse = decode(inputs, plan)
+        want_out, want_lse = inputs.expected()
+        assert_out_close(out, want_out)
+        assert_lse_close(lse, want_lse)
+
+
+def test_plans_without_sense_end_and_spoil_nothing() -> None:
+    inputs = DecodeCase("senseless", (1900,) * 6, h_q=64, seed=14).build(DEVICE)
+    plan = plan_for(inputs)
+    want_out, want_lse = decode(inputs, plan)
+    generator = torch.Generator().manual_seed(15)
+    for number in range(40):
+        metadata = torch.randint(-1, 8, plan[0].shape, generator=generator, dtype=torch.int32)
+        if number % 2:  # each part begins where the one before ends, though not further on
+            cuts = torch.randint(0, 6, (len(metadata) + 1, 2), generator=generator).int()
+            metadata[:, :2], metadata[:, 2:4], metadata[:, 5] = cuts[:-1], cuts[1:], 0
+        splits = torch.randint(-3, 40, plan[1].shape, generator=generator, dtype=torch.int32)
+        decode(inputs, (metadata.to(DEVICE), splits.to(DEVICE)))
+    out, lse = decode(inputs, plan)
+    assert_identical("out", out, want_out)
+    assert_identical("lse", lse, want_lse)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_reads_what_the_kernel_before_has_written(captured: bool) -> None:
+    """A call may begin while the kernel before it runs, but not read anything before that ends."""
+    kinds = [DecodeCase("before", n, h_q=128, seed=16) for n in ((700, 5000), (4000, 65))]
+    two = [kind.build(DEVICE) for kind in kinds]
+    plans = [plan_for(inputs) for inputs in two]
+    wants = [decode(inputs, plan) for inputs, plan in zip(two, plans, strict=True)]
+    width = max(inputs.block_table.shape[1] for inputs in two)
+    q, seqlens = two[0].q.clone(), two[0].cache_seqlens.clone()
+    table = torch.zeros(2, width, dtype=torch.int32, device=DEVICE)
+    cache = torch.cat([inputs.k_cache.contiguous() for inputs in two])
+    plan = tuple(x.clone() for x in plans[0])
+    case = kinds[0]
+    inputs = DecodeInputs(case, q, cache, table, seqlens)
+    wide = []
+    for i, one in enumerate(two):
+        padded = torch.zeros_like(table)
+        padded[:, : one.block_table.shape[1]] = one.block_table + i * len(two[0].k_cache)
+        wide.append(padded)
+
+    def turn(i: int):
+        q.copy_(two[i].q)
+        seqlens.copy_(two[i].cache_seqlens)
+        table.copy_(wide[i])
+        plan[0].copy_(plans[i][0])
+        plan[1].copy_(plans[i][1])
+        return decode(inputs, plan)
+
+    def turns():
+        return [turn(n % 2) for n in range(20)]
+
+    if captured:
+        turns()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = turns()
+        for _ in range(3):
+            graph.replay()
+    else:
+        results = turns()
+    torch.cuda.synchronize()
+    for n, (out, lse) in enumerate(results):
+        assert_identical(f"out of turn {n}", out, wants[n % 2][0])
+        assert_identical(f"lse of turn {n}", lse, wants[n % 2][1])
 
 
 def test_empty_plan_is_filled_in_and_reused() -> None:
