@@ -184,19 +184,13 @@ def _flash_attention_3(problem: Prefill) -> Side:
 
 
 def _backward(problem: Prefill, forward: Side) -> Side:
-    """Gradients of a result that the first call makes, so that it is made by the same tier.
-
-    Autograd goes back on the stream that the result was made on, and a graph can be captured on
-    that one only: so each stream has a result of its own.
-    """
-    made: dict[int, torch.Tensor] = {}
+    """Gradients of a result that the first call makes, so that it is made by the same tier."""
+    made: list[torch.Tensor] = []
 
     def call(copy: int) -> Any:
-        on_card = problem.device.type == "cuda"
-        stream = torch.cuda.current_stream().cuda_stream if on_card else 0
-        if stream not in made:
-            made[stream] = forward(0)[0]
+        if not made:
+            made.append(forward(0)[0])
         inputs = (problem.q, problem.k, problem.v)
-        return torch.autograd.grad(made[stream], inputs, problem.d_out, retain_graph=True)
+        return torch.autograd.grad(made[0], inputs, problem.d_out, retain_graph=True)
 
     return call

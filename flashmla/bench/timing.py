@@ -139,24 +139,22 @@ def _elapsed_us(work: Callable[[], object]) -> float:
 
 
 def _graph(side: Side, copies: int) -> torch.cuda.CUDAGraph | None:
-    """A graph with one call for each copy; None if the call can't be captured.
-
-    The calls before it run on the stream that is captured: see ``bench.mha``'s backward.
-    """
-    graph = torch.cuda.CUDAGraph()
+    """A graph with one call for each copy; None if the call can't be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # and back to the caller's, also when a capture breaks off
+    with torch.cuda.stream(stream):
         for copy in range(copies):
             side(copy)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for copy in range(copies):
+                side(copy)
+    except RuntimeError:  # it synchronises, or allocates in a way that capture forbids
         torch.cuda.synchronize()
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                for copy in range(copies):
-                    side(copy)
-        except RuntimeError:  # it synchronises, or allocates in a way that capture forbids
-            torch.cuda.synchronize()
-            return None
+        return None
     graph.replay()
     torch.cuda.synchronize()
     return graph
