@@ -69,13 +69,15 @@ def _median_us(call, device: torch.device, copies: int = 1, rounds: int = 15) ->
 def copy_gbps(device: torch.device | str, size: int | None = None) -> float:
     """GB/s of copying ``size`` bytes on the device, reads and writes counted (2 · size).
 
-    The default is 2 GiB on a card and 128 MiB on a CPU: beyond every cache, quickly done.
+    The default is 2 GiB on a card and 128 MiB on a CPU: beyond every cache, quickly done. A kernel
+    does the copying: what a CUDA graph makes of ``copy_`` runs at four fifths of its rate on an
+    H100 (2437 GB/s, a kernel 3015).
     """
     device = torch.device(device)
     size = size or (2**31 if device.type == "cuda" else 2**27)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _median_us(lambda _: target.copy_(source), device) / 1e3
+    return 2 * size / _median_us(lambda _: torch.mul(source, 1.0, out=target), device) / 1e3
 
 
 def read_gbps(device: torch.device | str, size: int | None = None) -> float:
