@@ -37,6 +37,14 @@ def test_recorded_rows_carry_their_device(results: Path):
     assert found[1]["commit"] == "unknown"
 
 
+def test_a_row_of_an_earlier_run_says_so_itself(tmp_path: Path):
+    row = {"op": "dense_decode", "case": "a", "impl": "x", "us": 1.0, "commit": "old"}
+    file = {"provenance": {"gpu": "Card", "commit": "new", "date": "2026-01-01"}, "rows": [row]}
+    (tmp_path / "a.json").write_text(json.dumps(file))
+    (found,) = environment.recorded(results=tmp_path)
+    assert (found["device"], found["commit"], found["date"]) == ("Card", "old", "2026-01-01")
+
+
 def test_recorded_without_a_wish_gives_every_row(results: Path):
     assert len(environment.recorded(results=results)) == 4
     assert [row["case"] for row in environment.recorded(op="dense_decode", results=results)] == [

@@ -86,6 +86,16 @@ def test_table_shows_ours_beside_the_peer(readme_table):
     assert lines[-1] == "driver 1, CUDA 13.0, torch 2.11, commit 0123456789ab, 2026-01-02."
 
 
+def test_rows_of_an_earlier_run_are_marked(readme_table):
+    result = result_file() | {"provenance": dict.fromkeys(
+        ("gpu", "driver", "cuda", "torch", "commit", "date"), "x")}  # fmt: skip
+    case = result["rows"][0]["case"]
+    result["rows"][0]["commit"] = "fedcba9876543210"
+    lines = readme_table.section(result)
+    assert [line for line in lines if f"{case}¹ |" in line]
+    assert "¹ Measured with commit fedcba987654." in lines
+
+
 def test_table_without_a_peer_has_no_ratio(readme_table):
     result = result_file()
     result["rows"] = [row for row in result["rows"] if row["impl"] == "flashmla-cuda"]

@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 OURS = "flashmla-cuda"
+MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
 def number(value: float | None) -> str:
@@ -26,6 +27,7 @@ def table(result: dict[str, Any]) -> list[str]:
     """The cases of one result file: ours, the fastest peer beside it, and their ratio."""
     lines = ["| case | µs | TFLOPS | GB/s | error | peer, µs | ratio |"]
     lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    earlier = earlier_runs(result)
     for row in result["rows"]:
         if row["impl"] != OURS:
             continue
@@ -38,9 +40,15 @@ def table(result: dict[str, Any]) -> list[str]:
         peer = min(others, default=None)
         ratio = f"{peer / time_of(row):.2f}" if peer is not None else "–"
         rates = [number(row[k] or None) for k in ("tflops", "gbps")]  # a choice has no operations
-        cells = [f"{row['op']} {row['case']}", number(time_of(row)), *rates]
+        mark = MARKS[earlier.index(row["commit"])] if "commit" in row else ""
+        cells = [f"{row['op']} {row['case']}{mark}", number(time_of(row)), *rates]
         lines.append("| " + " | ".join([*cells, f"{row['error']:.1e}", number(peer), ratio]) + " |")
     return lines
+
+
+def earlier_runs(result: dict[str, Any]) -> list[str]:
+    """Commits other than the file's that rows were measured with."""
+    return list(dict.fromkeys(row["commit"] for row in result["rows"] if "commit" in row))
 
 
 def time_of(row: dict[str, Any]) -> float:
@@ -55,6 +63,8 @@ def section(result: dict[str, Any]) -> list[str]:
     beside = f", beside {', '.join(peers)}" if peers else ""
     facts = f"driver {said['driver']}, CUDA {said['cuda']}, torch {said['torch']}"
     lines = [f"**{said['gpu']}**{beside}", "", *table(result), "", *ceilings(result)]
+    for mark, commit in zip(MARKS, earlier_runs(result)):
+        lines += [f"{mark} Measured with commit {commit[:12]}.", ""]
     return [*lines, f"{facts}, commit {said['commit'][:12]}, {said['date'][:10]}."]
 
 

@@ -47,7 +47,8 @@ def recorded(
 
     Returns:
         The rows {op, case, impl, us, eager_us, tflops, gbps, error}, each with a ``device`` label
-        and the file's ``commit`` and ``date``. Empty where nothing was recorded.
+        and the ``commit`` and ``date`` of its measurement: its own where it has them, kept from
+        an earlier run, else the file's. Empty where nothing was recorded.
     """
     wanted = {"case": case, "op": op, "impl": impl}
     rows: list[dict[str, Any]] = []
@@ -55,7 +56,7 @@ def recorded(
         source = _source(file)
         for row in file.get("rows", []):
             if all(value is None or row.get(key) == value for key, value in wanted.items()):
-                rows.append({**row, **source})
+                rows.append({**source, **row})
     return rows
 
 
