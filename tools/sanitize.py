@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -171,12 +172,11 @@ def sparse_decode(device: str) -> None:
     longer = [
         SparseDecodeCase(f"h{h_q}", 1, 2, h_q, 400, 20, sink=True) for h_q in (16, 32, 64, 100)
     ]
-    chosen = sparse.splits_for
-    for splits_for in (chosen, lambda *_: 1):
-        sparse.splits_for = splits_for
+    for case in longer:
+        run(case)
+    with mock.patch.object(sparse, "splits_for", lambda *_: 1):
         for case in longer:
             run(case)
-    sparse.splits_for = chosen
 
 
 def dense_decode_fp8(device: str) -> None:
