@@ -78,7 +78,7 @@ def ceilings(result: dict[str, Any]) -> list[str]:
         for name, what in names.items()
         if name in known
     ]
-    return [f"Ceilings of the same run: {', '.join(said)}.", ""] if said else []
+    return [f"Ceilings: {', '.join(said)}.", ""] if said else []
 
 
 def own(result: dict[str, Any]) -> set[str]:
