@@ -56,8 +56,9 @@ bool takes_cache(const TensorView& k_cache, const TensorView& q, bool is_fp8) {
       (k_cache.size(1) > 1 && k_cache.stride(1) != width)) {
     return false;
   }
-  const int64_t page_bytes = k_cache.stride(0) * (dtype.bits / 8);
-  return page_bytes >= 0 && k_cache.size(0) * page_bytes <= kMostCacheBytes &&
+  const int64_t bytes = dtype.bits / 8, page_bytes = k_cache.stride(0) * bytes;
+  return page_bytes >= 0 && k_cache.size(1) * width * bytes <= kMostCacheBytes &&
+         k_cache.size(0) * page_bytes <= kMostCacheBytes &&
          (k_cache.size(0) == 1 || page_bytes % 16 == 0);
 }
 

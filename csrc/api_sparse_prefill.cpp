@@ -21,7 +21,8 @@ void sparse_prefill(TensorView q, TensorView kv, TensorView indices, TensorView 
   require(indices.ndim() == 2 && indices.size(0) == q.size(0), "indices must be [s_q, topk]");
   require(out.size(0) == q.size(0) && out.size(1) == q.size(1) && out.size(2) == 512,
           "out must be [s_q, h_q, 512]");
-  require(q.size(1) >= 1 && q.size(0) * q.size(1) < (int64_t{1} << 30), "too many queries");
+  require(q.size(1) >= 1 && q.size(1) <= 128, "q must have 1 to 128 heads");
+  require(q.size(0) * q.size(1) < (int64_t{1} << 30), "too many queries");
   require(kv.stride(0) >= 0 && kv.size(0) * kv.stride(0) < (int64_t{1} << 35),
           "kv must span less than 64 GiB");
   a.is_bf16 = is_bf16(q);

@@ -30,8 +30,10 @@ unsigned* first_counter(int device) {
 
 }  // namespace
 
-// Grids that may run at the same time must not meet in the same place. A stream runs one grid after
-// the other, and so does what is captured from one stream into one graph.
+// Grids that may run at the same time must not meet in the same place. Those of one stream, or
+// captured from one stream into one graph, may overlap at their ends, but a later one comes to its
+// counter only when the one before is over: whoever launches so that it may begin early waits first
+// (cudaGridDependencySynchronize).
 unsigned* grid_counter(cudaStream_t stream) {
   if (stream == cudaStreamPerThread) return nullptr;  // one handle for many streams
   int device = 0;

@@ -238,6 +238,7 @@ def _refused(q: Tensor, k_cache: Tensor, head_dim_v: int, softmax_scale: float) 
     page_bytes = k_cache.stride(0) * k_cache.element_size()
     if k_cache.data_ptr() % 16 or (k_cache.shape[0] > 1 and page_bytes % 16):
         return "k_cache's address or page stride is no multiple of 16 bytes"
-    if page_bytes < 0 or k_cache.shape[0] * page_bytes > CACHE_SPAN:
+    span = max(k_cache.shape[0] * page_bytes, k_cache[0].numel() * k_cache.element_size())
+    if page_bytes < 0 or span > CACHE_SPAN:
         return "k_cache spans more than 64 GiB"
     return None

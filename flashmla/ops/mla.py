@@ -113,7 +113,7 @@ def flash_mla_with_kvcache(
         causal: dense only. Query i of s_q sees the keys at positions up to
             length - s_q + i: the last query is aligned with the last key.
         is_fp8_kvcache: the cache holds 656-byte FP8 tokens. Attention is over what they stand for,
-            code * scale, a product that kernels round once, to q's dtype.
+            code * scale; kernels round that product at most once, to q's dtype.
         indices: int32 [b, s_q, topk], the tokens that each query reads, as
             block * page + offset; -1 is skipped, and so is whatever lies out of range.
         attn_sink: float32 [h_q]: scales the output by exp(lse) / (exp(lse) + exp(sink)) and leaves

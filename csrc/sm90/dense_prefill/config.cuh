@@ -28,7 +28,7 @@ template <int kDimQk>
 constexpr int kPiecesQk = kDimQk / kPieceCols;
 
 constexpr int kBlocksAhead = 2;  // places for work descriptions
-constexpr int kTilesAhead = 3;   // this many tiles before a block's end the next one is drawn
+constexpr int kTilesAhead = 3;   // the next block is drawn when so many are left behind a tile
 
 // Hardware barriers between warps of this CTA; 0 to 2 belong to consumer 0, 1 and 2.
 enum BarrierId : uint32_t {

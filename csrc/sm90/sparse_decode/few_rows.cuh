@@ -3,15 +3,13 @@
 //   Sᵀ[64 tokens, rows] = K Qᵀ   and   Oᵀ[512, rows] += Vᵀ Pᵀ,
 // so that the many tokens and columns fill the tensor cores' 64 rows, and the few query rows their
 // other side. K and V are then operands from registers: a warp reads codes as they came from the
-// cache, converts them there, and nothing converted is ever stored. One warp fetches tiles of 64
-// tokens with the copy unit, whole where the pages allow it. Each of the other warpgroups takes
-// every second or third tile of a request for itself, with maximum, sums and output of its own; at
-// the end they are added up.
+// cache, converts them there, and nothing converted is ever stored. Tiles of 64 tokens come whole,
+// by one warp and the copy unit, where pages allow it; else four warps gather them. Each of the
+// other warpgroups takes every second or third tile of a request for itself, with maximum, sums and
+// output of its own; at the end they are added up.
 #pragma once
 
-#include <cooperative_groups.h>
 #include <cutlass/arch/reg_reconfig.h>
-#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90.hpp>
 
 #include "../../common/vote.cuh"

@@ -15,9 +15,10 @@ constexpr int kGroups = 4;  // of 128 codes with one scale
 constexpr int kGroupCols = kDimV / kGroups;
 constexpr int kColumnTiles = kDimV / 64;  // of the output, one wgmma each
 
-// kN: query rows, missing ones included; a multiple of 8.
+// kN: query rows, missing ones included.
 template <int kN>
 struct Config {
+  static_assert(kN % 16 == 0, "probabilities are stored for 16 rows at a time");
   // Warpgroups that convert and multiply, each a tile of its own: as many as have registers for the
   // whole output, 512 x kN.
   static constexpr int kWarpgroups = kN <= 16 ? 3 : 2;
@@ -26,6 +27,9 @@ struct Config {
   static constexpr int kThreads = kConsumerThreads + 128;
   static constexpr int kRegistersConsumer = kN <= 16 ? 160 : 240;
   static constexpr int kRegistersProducer = kN <= 16 ? 32 : 24;
+  static_assert(kRegistersConsumer * kWarpgroups + kRegistersProducer <=
+                    65536 / kThreads / 8 * 8 * (kWarpgroups + 1),
+                "more registers than the CTA was started with: it would hang");
   static constexpr int kSlots = kN <= 16 ? 4 : 3;  // of the ring of raw tiles
   static constexpr int kPieceElements = kN * kPieceCols;
 };
@@ -53,7 +57,7 @@ __device__ __forceinline__ int query_offset_bytes(int rows, int row, int pair) {
   return (piece * rows + row) * 128 + ((element / 8 ^ (row % 8)) * 16) + element % 8 * 2;
 }
 
-// What the fetching warp says of the tile in a slot.
+// What the fetching warps say of the tile in a slot.
 struct TileInfo {
   uint32_t exists[2];  // a bit for each token
   int number;          // among all tiles of the CTA
@@ -69,9 +73,9 @@ struct SharedStorage {
   alignas(1024) Element probabilities[C::kWarpgroups][kGroups][C::kPieceElements];
   alignas(128) uint8_t tiles[C::kSlots][kTileBytes];  // as in the cache
   alignas(16) TileInfo info[C::kSlots];
-  float largest[C::kWarpgroups][kWarps][kN];  // scores of the tile at hand
-  float max[C::kWarpgroups][kN];
-  float sum[C::kWarpgroups][kWarps][kN];
+  float largest[C::kWarpgroups][kWarps][kN];  // scores of the tile at hand, a warp's tokens each
+  float max[C::kWarpgroups][kN];              // in use, of each row
+  float sum[C::kWarpgroups][kWarps][kN];      // of a warp's tokens, of each row
   uint64_t full[C::kSlots];
   uint64_t empty[C::kSlots];
 

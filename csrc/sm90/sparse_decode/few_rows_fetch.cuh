@@ -21,7 +21,7 @@ __device__ __forceinline__ int arrivals_of_full(const KernelParams& p) {
   return contiguous<Source>(p) ? 1 : 128 + kWarps;
 }
 
-// By one warp; tokens behind the last one are left as they were.
+// By one warp; the places of tokens behind the last keep what they held (clear_missing).
 template <class Source, class Shared>
 __device__ __forceinline__ void fetch_tiles(const KernelParams& p, Shared& shared) {
   const int lane = threadIdx.x % 32;

@@ -1,5 +1,5 @@
-// Where a finished stretch of tiles goes: to `out` and `lse`, or to its slot of the partial results
-// of pages, which sm90/combine.cu merges.
+// Where the result of an item goes: to `out` and `lse`, or, of pages only, to its slot of the
+// partial results, which sm90/combine.cu merges.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>

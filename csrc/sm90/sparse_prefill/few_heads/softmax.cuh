@@ -9,7 +9,7 @@
 
 namespace flashmla::sm90::sparse_prefill::few_heads {
 
-// Of a thread's heads: sixteen-bit pairs hold two neighbours, and blocks of eight heads lie apart.
+// A number for each of a thread's heads, two neighbours of each block of eight.
 template <int kHeads>
 struct Columns {
   static constexpr int kCount = kHeads / 4;
@@ -70,7 +70,7 @@ struct OnlineSoftmax {
   // The maximum in use lags behind the true one until that has grown by 2^kSlack: probabilities up
   // to 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is.
   static constexpr float kSlack = 8.f;
-  // The maximum of nothing: any score outgrows it, and it is no NaN's father, as -inf would be.
+  // The maximum of nothing: any score outgrows it, where -inf would make NaN of it.
   static constexpr float kNothing = -3.402823466e38f;
 
   Cols shift;  // the maximum in use, times scale_log2
@@ -108,7 +108,7 @@ struct OnlineSoftmax {
     return grown;
   }
 
-  // The largest of this warp's rows, for all its lanes to leave for the other warps.
+  // The largest of this warp's rows, left for the other warps.
   template <class Scores>
   __device__ __forceinline__ static void leave_tops(const Scores& s, float* to) {
     CUTE_UNROLL
