@@ -96,6 +96,15 @@ def test_rows_of_an_earlier_run_are_marked(readme_table):
     assert "¹ Measured with commit fedcba987654." in lines
 
 
+def test_rows_without_a_graph_are_marked(readme_table):
+    result = result_file() | {"provenance": dict.fromkeys(
+        ("gpu", "driver", "cuda", "torch", "commit", "date"), "x")}  # fmt: skip
+    assert not [line for line in readme_table.section(result) if "†" in line]
+    result["rows"][0].update(us=None, eager_us=300.0)
+    marked = [line for line in readme_table.section(result) if "†" in line]
+    assert len(marked) == 2 and "† | 300 |" in marked[0]
+
+
 def test_table_without_a_peer_has_no_ratio(readme_table):
     result = result_file()
     result["rows"] = [row for row in result["rows"] if row["impl"] == "flashmla-cuda"]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 OURS = "flashmla-cuda"
 MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
+EAGER = "†"
 
 
 def number(value: float | None) -> str:
@@ -41,6 +42,7 @@ def table(result: dict[str, Any]) -> list[str]:
         ratio = f"{peer / time_of(row):.2f}" if peer is not None else "–"
         rates = [number(row[k] or None) for k in ("tflops", "gbps")]  # a choice has no operations
         mark = MARKS[earlier.index(row["commit"])] if "commit" in row else ""
+        mark += EAGER if row["us"] is None else ""
         cells = [f"{row['op']} {row['case']}{mark}", number(time_of(row)), *rates]
         lines.append("| " + " | ".join([*cells, f"{row['error']:.1e}", number(peer), ratio]) + " |")
     return lines
@@ -65,6 +67,8 @@ def section(result: dict[str, Any]) -> list[str]:
     lines = [f"**{said['gpu']}**{beside}", "", *table(result), "", *ceilings(result)]
     for mark, commit in zip(MARKS, earlier_runs(result)):
         lines += [f"{mark} Measured with commit {commit[:12]}.", ""]
+    if any(row["us"] is None for row in result["rows"] if row["impl"] == OURS):
+        lines += [f"{EAGER} Called one by one, all sides: no graph could be captured.", ""]
     return [*lines, f"{facts}, commit {said['commit'][:12]}, {said['date'][:10]}."]
 
 
