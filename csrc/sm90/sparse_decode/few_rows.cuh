@@ -210,9 +210,9 @@ struct Consumer {
     }
   }
 
-  // Oᵀ[512, kN] += Vᵀ Pᵀ, 64 columns an instruction. Row r of column tile 2 g + i of the operand
-  // is column 128 g + 4 (8 w + r % 8) + 2 i + r / 8 % 2 of V, w being its warp: a thread finds its
-  // columns of two tiles in one word.
+  // Oᵀ[512, kN] += Vᵀ Pᵀ, 64 columns an instruction. Row r of column tile 2 g + i of the
+  // operand is column 128 g + 4 (8 w + r % 8) + 2 i + r / 8 % 2 of V, w being its warp: a thread
+  // finds its columns of two tiles in one word.
   template <class Output>
   __device__ __forceinline__ void multiply_values(const uint8_t* tile, Output& o) {
     using namespace cute;

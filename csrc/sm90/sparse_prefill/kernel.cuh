@@ -1,5 +1,6 @@
-// Sparse MLA prefill for 33 heads and more, sm_90a: out = softmax(q Kᵀ · scale) V over the tokens
-// that each query's indices name, where V is the first 512 columns of K. few_heads/ serves fewer.
+// Sparse MLA prefill for 33 heads and more, sm_90a: out = softmax(q Kᵀ · scale) V over the
+// tokens that each query's indices name, where V is the first 512 columns of K. few_heads/ serves
+// fewer.
 //
 // One CTA computes up to 64 heads of one query after another. Its three warpgroups: a producer that
 // gathers the chosen tokens into tiles of 64 (gather.cuh), and two consumers, those of dense
