@@ -86,9 +86,13 @@ def test_table_shows_ours_beside_the_peer(readme_table):
     assert lines[-1] == "driver 1, CUDA 13.0, torch 2.11, commit 0123456789ab, 2026-01-02."
 
 
+def result_of_a_card():
+    said = ("gpu", "driver", "cuda", "torch", "commit", "date")
+    return result_file() | {"provenance": dict.fromkeys(said, "x")}
+
+
 def test_rows_of_an_earlier_run_are_marked(readme_table):
-    result = result_file() | {"provenance": dict.fromkeys(
-        ("gpu", "driver", "cuda", "torch", "commit", "date"), "x")}  # fmt: skip
+    result = result_of_a_card()
     case = result["rows"][0]["case"]
     result["rows"][0]["commit"] = "fedcba9876543210"
     lines = readme_table.section(result)
@@ -97,8 +101,7 @@ def test_rows_of_an_earlier_run_are_marked(readme_table):
 
 
 def test_rows_without_a_graph_are_marked(readme_table):
-    result = result_file() | {"provenance": dict.fromkeys(
-        ("gpu", "driver", "cuda", "torch", "commit", "date"), "x")}  # fmt: skip
+    result = result_of_a_card()
     assert not [line for line in readme_table.section(result) if "†" in line]
     result["rows"][0].update(us=None, eager_us=300.0)
     marked = [line for line in readme_table.section(result) if "†" in line]

@@ -7,6 +7,7 @@
 #include "../../common/tensor_map.h"
 #include "instances.h"
 #include "kernel.cuh"
+#include "params.cuh"
 
 namespace flashmla::sm90::sparse_prefill {
 
@@ -22,25 +23,10 @@ void launch_kernel(const Args& a, cudaStream_t stream) {
   KernelParams p;
   p.row_tiles = (a.h_q + kRows - 1) / kRows;
   p.items = a.queries * p.row_tiles;
-  p.h_q = a.h_q;
-  p.d_qk = a.d_qk;
-  p.topk = a.topk;
-  p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
-  p.scale = a.softmax_scale;
-  p.lse_unit = a.lse_base_2 ? 1.f : 0.6931471805599453f;
+  set_common<T>(p, a);
   p.q = a.q;
   p.q_stride_query = a.q_stride_query;
   p.q_stride_head = a.q_stride_head;
-  p.kv = static_cast<const uint8_t*>(a.kv);
-  p.kv_stride16 = static_cast<uint32_t>(a.kv_stride * static_cast<int64_t>(sizeof(T)) / 16);
-  p.tokens = static_cast<uint32_t>(std::min<int64_t>(a.tokens, int64_t{1} << 31));
-  p.indices = a.indices;
-  p.indices_stride = a.indices_stride;
-  p.topk_length = a.topk_length;
-  p.attn_sink = a.attn_sink;
-  p.out = a.out;
-  p.max_logits = a.max_logits;
-  p.lse = a.lse;
 
   constexpr int kShared = sizeof(SharedStorage<T>);
   const auto kernel = &sparse_prefill_kernel<T>;

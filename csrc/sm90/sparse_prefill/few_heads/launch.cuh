@@ -6,6 +6,7 @@
 #include "../../../common/shared_memory.h"
 #include "../../../common/tensor_map.h"
 #include "../instances.h"
+#include "../params.cuh"
 #include "kernel.cuh"
 
 namespace flashmla::sm90::sparse_prefill::few_heads {
@@ -21,22 +22,7 @@ void launch_kernel(const Args& a, cudaStream_t stream) {
       a.out, a.is_bf16, {kDimV, h_q, queries}, {kDimV, h_q * kDimV}, {kPieceCols, kHeads, 1});
   KernelParams p;
   p.items = a.queries;
-  p.h_q = a.h_q;
-  p.d_qk = a.d_qk;
-  p.topk = a.topk;
-  p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
-  p.scale = a.softmax_scale;
-  p.lse_unit = a.lse_base_2 ? 1.f : 0.6931471805599453f;
-  p.kv = static_cast<const uint8_t*>(a.kv);
-  p.kv_stride16 = static_cast<uint32_t>(a.kv_stride * static_cast<int64_t>(sizeof(T)) / 16);
-  p.tokens = static_cast<uint32_t>(std::min<int64_t>(a.tokens, int64_t{1} << 31));
-  p.indices = a.indices;
-  p.indices_stride = a.indices_stride;
-  p.topk_length = a.topk_length;
-  p.attn_sink = a.attn_sink;
-  p.out = a.out;
-  p.max_logits = a.max_logits;
-  p.lse = a.lse;
+  set_common<T>(p, a);
 
   constexpr int kShared = sizeof(SharedStorage<T, kHeads>);
   allow_shared_memory<&few_heads_kernel<T, kHeads>>(kShared);
