@@ -1,4 +1,4 @@
-# Two commands do everything on a machine with Python 3.11+ and make:
+# Two commands do everything on a machine with Python 3.11 to 3.13 and make:
 #
 #   make test         environment, kernels, tests, and a summary that says which tier ran
 #   make notebooks    the same for the notebooks

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -101,6 +102,9 @@ def test_import_needs_neither_gpu_nor_compiler_nor_extras():
     assert json.loads(done.stdout) == []
 
 
+FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")  # of every build
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the tree, by setuptools itself, with no network."""
@@ -114,13 +118,17 @@ def build_wheel(folder: Path, prebuilt: bool = False) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "prebuilt")
     for name in ("flashmla", "csrc"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, tree / name)
     if prebuilt:
         library = tree / "flashmla" / "cuda" / "prebuilt" / "libflashmla.so"
         library.parent.mkdir(parents=True)
         library.write_bytes(b"\x7fELF")
-    script = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    return build(tree, "wheel")
+
+
+def build(tree: Path, kind: str) -> Path:
+    script = f"from setuptools import build_meta; print(build_meta.build_{kind}('.'))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tree, capture_output=True, text=True, timeout=300
     )
@@ -171,6 +179,19 @@ def test_wheel_with_a_library_is_for_this_platform_and_every_python(tmp_path: Pa
     wheel = build_wheel(tmp_path, prebuilt=True)
     assert re.search(r"-py3-none-(linux|macosx|win)_?\w+\.whl$", wheel.name), wheel.name
     assert "flashmla/cuda/prebuilt/libflashmla.so" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_source_archive_carries_what_its_tests_read(tmp_path: Path):
+    made = shutil.ignore_patterns("__pycache__", "prebuilt", "_build", "generated", "stages")
+    for name in ("benchmarks", "book", "csrc", "flashmla", "notebooks", "tests", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=made)
+    for name in (*FILES, "Makefile", "constraints.txt", "environment.yml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    wanted = {path.as_posix() for path in files if "vendor" not in path.parts}
+    with tarfile.open(build(tmp_path, "sdist")) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert len(wanted) > 100 and not wanted - inside
 
 
 def test_version_is_a_literal():
