@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +277,34 @@ def test_prefill_counts_operations_and_bytes():
     names = {"mha_forward": 1, "mha_backward": 1, "dense_decode": 0}
     for op, count in names.items():
         assert sum("cudnn" in name for name in mha.peers(torch.device("cuda"), op)) == count
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("full", [False, True])
+def test_backward_is_captured_on_every_side(full: bool):
+    """Also after calls on the default stream, which a graph of another stream can't wait for."""
+    device = torch.device("cuda")
+    case = PrefillCase("mha_backward", b=2, s_q=256, s_k=256, h_q=2, h_kv=2, full=full)
+    problem = problems.MAKERS[case.op](case, device)
+    sides = peers.sides(problem, ["cuda"])
+    assert len(sides) == 2 and any("cudnn" in name for name in sides)
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, copy: int) -> None:
+        kept[name] = sides[name](copy)[0]
+
+    for name in sides:
+        keep(name, 0)
+    for name in sides:
+        graph = timing._graph(partial(keep, name), problem.copies)
+        assert graph is not None, f"{name} could not be captured"
+        replayed = kept[name]
+        keep(name, 0)  # a call on the default stream, between capture and replay
+        replayed.fill_(float("nan"))
+        graph.replay()
+        assert problem.error(replayed) < 0.02 and problem.error(kept[name]) < 0.02
+    rows = run.measured_rows(case, device, ["cuda"], rounds=3)
+    assert [row["clock"] for row in rows] == ["graph", "graph"]
 
 
 def plant_flash_attention_3(monkeypatch: pytest.MonkeyPatch, path: Path, source: str) -> None:

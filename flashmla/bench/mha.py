@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +31,7 @@ class Prefill:
     """Sequences laid end to end, bfloat16, random normal; so large that no L2 holds them.
 
     Args:
-        q, k, v: [total, h, d], with gradients where the case is of backward.
+        q, k, v: [total, h, d].
         d_out: [total, h, 128].
         cu_seqlens: int32 [b + 1].
     """
@@ -74,21 +74,7 @@ class Prefill:
 
     def side(self) -> Side:
         """Returns (out, lse), or (dq, dk, dv) of a forward pass that was made beforehand."""
-        cu_seqlens, longest = self.cu_seqlens, self.longest
-
-        def forward(copy: int) -> Any:
-            return flashmla.flash_attn_varlen_func(
-                self.q,
-                self.k,
-                self.v,
-                cu_seqlens,
-                cu_seqlens,
-                longest,
-                longest,
-                causal=self.case.causal,
-            )
-
-        return forward if self.case.op == MHA_FORWARD else _backward(self, forward)
+        return _side(self, _own)
 
 
 def prefill(case: Case, device: torch.device, seed: int = 0) -> Prefill:
@@ -102,9 +88,26 @@ def prefill(case: Case, device: torch.device, seed: int = 0) -> Prefill:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
     q, k, v, d_out = (random(d) for d in (case.d_qk, case.d_qk, D_V, D_V))
-    for x in (q, k, v):
-        x.requires_grad_(case.op == MHA_BACKWARD)
     return Prefill(case, q, k, v, d_out, torch.from_numpy(ends).to(device))
+
+
+def _own(problem: Prefill) -> Side:
+    """This package's forward pass."""
+    cu_seqlens, longest = problem.cu_seqlens, problem.longest
+
+    def forward(copy: int) -> Any:
+        return flashmla.flash_attn_varlen_func(
+            problem.q,
+            problem.k,
+            problem.v,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            causal=problem.case.causal,
+        )
+
+    return forward
 
 
 def peers(device: torch.device, op: str) -> dict[str, Callable[[Any], Side]]:
@@ -112,7 +115,7 @@ def peers(device: torch.device, op: str) -> dict[str, Callable[[Any], Side]]:
     if device.type != "cuda" or op not in (MHA_FORWARD, MHA_BACKWARD):
         return {}
     found: dict[str, Callable[[Any], Side]] = {}
-    found[f"peer:cudnn-{torch.backends.cudnn.version()}"] = _cudnn
+    found[f"peer:cudnn-{torch.backends.cudnn.version()}"] = lambda problem: _side(problem, _cudnn)
     if op == MHA_FORWARD and (module := _flash_attention_3_module()) is not None:
         found[f"peer:{_distribution(module) or 'flash-attention-3'}"] = _flash_attention_3
     return found
@@ -148,7 +151,7 @@ def _cudnn(problem: Prefill) -> Side:
             out = scaled_dot_product_attention(q, k, v, is_causal=case.causal)
         return (out.transpose(1, 2).flatten(0, 1),)
 
-    return forward if case.op == MHA_FORWARD else _backward(problem, forward)
+    return forward
 
 
 def _batches(problem: Prefill) -> tuple[torch.Tensor, ...]:
@@ -183,14 +186,29 @@ def _flash_attention_3(problem: Prefill) -> Side:
     return call
 
 
-def _backward(problem: Prefill, forward: Side) -> Side:
-    """Gradients of a result that the first call makes, so that it is made by the same tier."""
-    made: list[torch.Tensor] = []
+def _side(problem: Prefill, forward: Callable[[Prefill], Side]) -> Side:
+    """A forward pass, or the gradients of one that was made beforehand."""
+    return forward(problem) if problem.case.op == MHA_FORWARD else _backward(problem, forward)
+
+
+def _backward(problem: Prefill, forward: Callable[[Prefill], Side]) -> Side:
+    """Gradients of a result that the first call makes, so that it is made by the same tier.
+
+    Autograd goes back on the stream of the forward pass, and then waits for the streams on which
+    the leaves were first used. A graph is captured on one stream and can wait for no other, so each
+    stream has its own leaves (the same memory) and its own result, which its graph goes on reading.
+    """
+    made: dict[int, tuple[Prefill, torch.Tensor]] = {}
 
     def call(copy: int) -> Any:
-        if not made:
-            made.append(forward(0)[0])
-        inputs = (problem.q, problem.k, problem.v)
-        return torch.autograd.grad(made[0], inputs, problem.d_out, retain_graph=True)
+        on_card = problem.device.type == "cuda"
+        stream = torch.cuda.current_stream().cuda_stream if on_card else 0
+        if stream not in made:
+            q, k, v = (x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v))
+            leaves = replace(problem, q=q, k=k, v=v)
+            made[stream] = leaves, forward(leaves)(0)[0]
+        leaves, out = made[stream]
+        inputs = (leaves.q, leaves.k, leaves.v)
+        return torch.autograd.grad(out, inputs, problem.d_out, retain_graph=True)
 
     return call

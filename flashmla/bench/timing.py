@@ -139,22 +139,25 @@ def _elapsed_us(work: Callable[[], object]) -> float:
 
 
 def _graph(side: Side, copies: int) -> torch.cuda.CUDAGraph | None:
-    """A graph with one call for each copy; None if the call can't be captured."""
+    """A graph with one call for each copy; None if the call can't be captured.
+
+    The calls before it run on the stream that is captured: what a side makes once for a stream is
+    there already.
+    """
+    graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # back to the caller's, also where a capture breaks off
         for copy in range(copies):
             side(copy)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for copy in range(copies):
-                side(copy)
-    except RuntimeError:  # it synchronises, or allocates in a way that capture forbids
         torch.cuda.synchronize()
-        return None
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                for copy in range(copies):
+                    side(copy)
+        except RuntimeError:  # it synchronises, or allocates in a way that capture forbids
+            torch.cuda.synchronize()
+            return None
     graph.replay()
     torch.cuda.synchronize()
     return graph
