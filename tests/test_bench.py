@@ -162,15 +162,56 @@ def test_clock_tells_the_slow_side_from_the_fast():
     assert measured["slow"].clock == "wall" and measured["slow"].eager_us is None
 
 
+def test_turns_on_the_card_give_the_time_of_one_call(monkeypatch):
+    """A card on which a call takes 300 us and a replay 1000: what a turn gives, to the digit."""
+    now, work_of_turn = 0, []
+
+    class Graph:
+        def replay(self) -> None:
+            spend(1000)
+
+    def spend(us: int) -> None:
+        nonlocal now
+        now += us
+
+    def elapsed_us(work) -> float:
+        before = now
+        work()
+        work_of_turn.append(now - before)
+        return now - before
+
+    monkeypatch.setattr(timing, "_elapsed_us", elapsed_us)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert timing._replays(Graph(), copies=4)() == 250.0  # type: ignore[arg-type]
+    assert timing._eager(lambda copy: spend(100 * (copy + 1)), copies=5)() == 300.0
+    assert work_of_turn == [1000, 20_000, 1500, 13 * 1500]  # a trial, and what fills a round
+
+
 @pytest.mark.gpu
 def test_card_is_timed_by_replaying_a_graph():
+    """The card counts the calls that it ran. The bounds hold however busy it is: no call beats its
+    memory, and all of them together took no longer than the test's own clock says."""
     device = torch.device("cuda")
     source = torch.ones(2**26, device=device)
-    target = torch.empty_like(source)
-    timed = timing.measure({"copy": lambda _: target.copy_(source)}, 1, device, rounds=5)["copy"]
-    assert timed.clock == "graph" and timed.us is not None and timed.eager_us is not None
-    assert 100 < timed.us < 1000  # half a gigabyte moved, at 0.5 to 5 TB/s
-    assert timed.eager_us > 0.8 * timed.us and timed.host_us is not None and timed.host_us < 1000
+    target, ran = torch.empty_like(source), torch.zeros((), dtype=torch.int64, device=device)
+    issued = 0
+
+    def copy(_: int) -> None:
+        nonlocal issued
+        issued += 1
+        ran.add_(1)
+        target.copy_(source)
+
+    begun = time.perf_counter()
+    timed = timing.measure({"copy": copy}, 1, device, rounds=5)["copy"]
+    elapsed_us = (time.perf_counter() - begun) * 1e6
+    replayed = int(ran) - (issued - 1)  # the call that was captured did not run then
+    assert timed.clock == "graph" and replayed >= 2 + 5
+    assert timed.us is not None and timed.eager_us is not None and timed.host_us is not None
+    assert min(timed.us, timed.eager_us) > 100  # half a gigabyte moved, at 5 TB/s
+    # At least every other turn, and every other call, took its median or longer.
+    assert timed.us * (replayed - 2) < 2 * elapsed_us
+    assert 0 < timed.host_us * 50 < 2 * elapsed_us
 
 
 @pytest.mark.gpu
