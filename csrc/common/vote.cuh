@@ -2,10 +2,15 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
 
 #include <cstdint>
 
 namespace flashmla {
+
+// What to add to a number that CUTLASS's NamedBarrier is given to have the hardware's own.
+constexpr auto kBarriersOfCutlass =
+    uint32_t(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier);
 
 // Waits for `threads` threads at barrier `id`, the hardware's own number; true if any of them said
 // so. Orders memory among them, as every such barrier does.

@@ -1,60 +1,18 @@
-// Online softmax over the accumulator of one 64 x 64 score tile, spread over a warpgroup.
-//
-// A thread holds 32 scores: two rows, `row` and `row + 8`, eight groups of two neighbouring
-// columns each. Element i lies in row half (i >> 1) & 1 and column (i / 4) * 8 + quad_lane * 2
-// + (i & 1), where quad_lane is the thread's place among the four that share its rows.
+// Online softmax over the accumulator of one 64 x 64 score tile, spread over a warpgroup: 32 scores
+// a thread.
 #pragma once
 
 #include <cute/tensor.hpp>
 
 #include <cmath>
 
+#include "../../common/accumulator.cuh"
+#include "../../common/running_rows.cuh"
+
 namespace flashmla::sm90::dense_decode {
-
-struct RowPair {
-  float v[2];
-};
-
-__device__ __forceinline__ int row_half(int i) {
-  return (i >> 1) & 1;
-}
-
-// What is known of a thread's two rows so far.
-struct RunningRows {
-  static constexpr float kSlack = 8.f;
-  RowPair max;  // that scores are shifted by; -inf before the first
-  RowPair sum;  // of exp2(scaled score - scaled max), this thread's columns only
-
-  __device__ __forceinline__ RunningRows() : max{{-INFINITY, -INFINITY}}, sum{{0.f, 0.f}} {}
-
-  // The other warpgroup did a step: take over its maximum.
-  __device__ __forceinline__ void follow(const RowPair& new_max, const RowPair& alpha) {
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      max.v[h] = new_max.v[h];
-      sum.v[h] *= alpha.v[h];
-    }
-  }
-
-  // The row sums over all columns that this warpgroup handled.
-  __device__ __forceinline__ RowPair reduced_sum() const {
-    RowPair total = sum;
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 1);
-      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 2);
-    }
-    return total;
-  }
-};
 
 // region: online_softmax
 struct OnlineSoftmax : RunningRows {
-  // Whether a maximum has outgrown the one in use; not if both are -inf.
-  __device__ __forceinline__ static bool outgrows(float m, float in_use, float scale_log2) {
-    return (m - in_use) * scale_log2 > kSlack;
-  }
-
   // Scores of positions a row may not see become -inf: whatever they held, NaN too, is gone.
   template <class Scores>
   __device__ __forceinline__ static void mask(Scores& s, int first_token, const int (&limit)[2]) {
@@ -70,9 +28,8 @@ struct OnlineSoftmax : RunningRows {
   // Turns scores into probabilities relative to the maximum in use, in place, and returns what
   // everything accumulated before must be multiplied by.
   //
-  // That lags behind the true maximum until this has grown by 2^kSlack: probabilities up to
-  // 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is. Such a tile needs
-  // no row's maximum, only that no score is too large, which a vote tells sooner than shuffles.
+  // That lags behind the true one, and most tiles leave it as it is. Such a tile needs no row's
+  // maximum, only that no score is too large, which a vote tells sooner than shuffles.
   template <class Scores>
   __device__ __forceinline__ RowPair step(Scores& s, float scale_log2) {
     RowPair alpha{{1.f, 1.f}}, largest;  // of this thread's columns

@@ -1,19 +1,12 @@
-// How a warpgroup's 64-row accumulator is spread over its threads, and its way out.
-//
-// A thread holds two rows, `row` and `row + 8`, and in each group of eight columns two neighbours.
-// Element i lies in row half (i >> 1) & 1 and column (i / 4) * 8 + quad_lane * 2 + (i & 1), where
-// quad_lane is the thread's place among the four that share its rows.
+// The ways out of an accumulator: as the operand of the next product, and to global memory.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
 
+#include "../../common/accumulator.cuh"
 #include "../../common/mma.cuh"
 
 namespace flashmla::sm90::dense_prefill {
-
-__device__ __forceinline__ constexpr int row_half(int i) {
-  return (i >> 1) & 1;
-}
 
 // An accumulator's elements from kFirst on as the register operand of the next product, which holds
 // the same elements in the same order.

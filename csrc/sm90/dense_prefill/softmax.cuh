@@ -1,31 +1,16 @@
-// Online softmax over the accumulator of one 64 x 128 score tile, spread over a warpgroup.
-//
-// A thread holds 64 scores, spread as rows.cuh says.
+// Online softmax over the accumulator of one 64 x 128 score tile, spread over a warpgroup: 64
+// scores a thread.
 #pragma once
 
 #include <cmath>
 
+#include "../../common/running_rows.cuh"
 #include "rows.cuh"
 
 namespace flashmla::sm90::dense_prefill {
 
-struct RowPair {
-  float v[2];
-};
-
 // region: online_softmax
-struct OnlineSoftmax {
-  static constexpr float kSlack = 8.f;
-  RowPair max;  // of the raw scores so far; -inf before the first
-  RowPair sum;  // of exp2(scaled score - scaled max), this thread's columns only
-
-  __device__ __forceinline__ OnlineSoftmax() : max{{-INFINITY, -INFINITY}}, sum{{0.f, 0.f}} {}
-
-  // Whether a maximum has outgrown the one in use; not if both are -inf.
-  __device__ __forceinline__ static bool outgrows(float top, float in_use, float scale_log2) {
-    return (top - in_use) * scale_log2 > kSlack;
-  }
-
+struct OnlineSoftmax : RunningRows {
   // Scores of positions a row may not see become -inf: whatever they held, NaN too, is gone.
   template <class Scores>
   __device__ __forceinline__ static void mask(Scores& s, int first_token, const int (&limit)[2]) {
@@ -40,8 +25,7 @@ struct OnlineSoftmax {
   // Looks at a tile of scores, raises the maximum where it must, and with it what was accumulated
   // before: O and the sums.
   //
-  // The maximum in use lags behind the true one until that has grown by 2^kSlack: probabilities up
-  // to 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is. Such a tile
+  // The maximum in use lags behind the true one, and most tiles leave it as it is. Such a tile
   // needs no row's maximum, only that no score is too large, which a vote tells sooner than
   // shuffles.
   template <class Scores, class Output>
@@ -95,17 +79,6 @@ struct OnlineSoftmax {
     }
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) sum.v[h] += partial[h][0] + partial[h][1];
-  }
-
-  // The row sums over all columns.
-  __device__ __forceinline__ RowPair reduced_sum() const {
-    RowPair total = sum;
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 1);
-      total.v[h] += __shfl_xor_sync(0xffffffffu, total.v[h], 2);
-    }
-    return total;
   }
 };
 // endregion: online_softmax

@@ -21,7 +21,6 @@
 
 namespace flashmla::sm90::dense_prefill_backward {
 
-using dense_prefill::row_half;
 using dense_prefill::to_operand;
 
 template <class T, int kDimQk>

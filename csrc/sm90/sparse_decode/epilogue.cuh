@@ -11,8 +11,6 @@
 
 namespace flashmla::sm90::sparse_decode {
 
-using dense_decode::RowPair;
-
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 

@@ -39,7 +39,6 @@ enum BarrierId : uint32_t {
   kConsumers = 1,
   kWarpgroup = 2  // and those behind it, one a warpgroup
 };
-constexpr uint32_t kBarriersOfCutlass = 8;  // come before these
 
 // Where column c of Q lies in shared memory, [9 pieces][kN rows][64], 128-byte swizzle. A thread's
 // part of the operand K comes from 16 neighbouring codes of a row, so the order in which columns

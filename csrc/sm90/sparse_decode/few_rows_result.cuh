@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "../../common/accumulator.cuh"
 #include "epilogue.cuh"
 #include "few_rows_config.cuh"
 
@@ -18,9 +19,7 @@ struct Rows {
   float max[kCount];  // that scores are shifted by; -inf before the first
   float sum[kCount];  // of probabilities
 
-  __device__ __forceinline__ static int number(int i) {
-    return i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-  }
+  __device__ __forceinline__ static int number(int i) { return own_column(i); }
 };
 
 // Four neighbouring columns of a row of `out`.

@@ -27,7 +27,6 @@ namespace flashmla::sm90::sparse_decode {
 using dense_decode::any_rescale;
 using dense_decode::OnlineSoftmax;
 using dense_decode::rescale;
-using dense_decode::RowPair;
 
 template <class T>
 struct Tiles {

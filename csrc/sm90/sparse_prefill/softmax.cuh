@@ -9,15 +9,8 @@ namespace flashmla::sm90::sparse_prefill {
 
 using dense_decode::any_rescale;
 using dense_decode::rescale;
-using dense_decode::row_half;
-using dense_decode::RowPair;
 
-struct OnlineSoftmax : dense_decode::RunningRows {
-  // Whether a maximum has outgrown the one in use; not if both are -inf.
-  __device__ __forceinline__ static bool outgrows(float m, float in_use, float scale_log2) {
-    return (m - in_use) * scale_log2 > kSlack;
-  }
-
+struct OnlineSoftmax : RunningRows {
   // Scores of tokens that do not count become -inf: whatever they held is gone. Bit t of `valid`
   // is token t of the tile.
   template <class Scores>

@@ -43,8 +43,6 @@ enum BarrierId : uint32_t {
   kConsumers = 3,  // both
 };
 
-constexpr auto kFirstBarrier = uint32_t(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier);
-
 // A producer warp's share of which tokens of a tile count: bit i for its token i.
 using ValidBits = uint16_t;
 static_assert(kTokensAWarp == 16 && kWarps * sizeof(ValidBits) == sizeof(uint64_t));

@@ -133,7 +133,7 @@ struct Consumer {
     bool grown = softmax.exponentiate(s, p.scale_log2, pr);
     store_transposed<T, kHeads>(to, pr);
     cutlass::arch::fence_view_async_shared();
-    grown = sync_or(kFirstBarrier + barrier, 128, grown);
+    grown = sync_or(kBarriersOfCutlass + barrier, 128, grown);
     if (grown) {
       Softmax::leave_tops(s, shared.tile_top[consumer][thread / 32]);
       cutlass::arch::NamedBarrier::sync(128, barrier);

@@ -5,6 +5,8 @@
 #include <cutlass/numeric_conversion.h>
 #include <cute/arch/copy_sm90.hpp>
 
+#include "../../../common/accumulator.cuh"
+#include "../../../common/running_rows.cuh"
 #include "config.cuh"
 
 namespace flashmla::sm90::sparse_prefill::few_heads {
@@ -20,9 +22,7 @@ struct Columns {
     for (int c = 0; c < kCount; ++c) v[c] = x;
   }
   // The head of column c.
-  __device__ __forceinline__ static int head(int c) {
-    return c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
-  }
+  __device__ __forceinline__ static int head(int c) { return own_column(c); }
   // The column of element i of an accumulator [64, heads], and which of the thread's two rows.
   __host__ __device__ static constexpr int column(int i) { return i / 4 * 2 + i % 2; }
   __host__ __device__ static constexpr int row(int i) { return i / 2 % 2; }
@@ -67,9 +67,7 @@ template <int kHeads>
 struct OnlineSoftmax {
   using Cols = Columns<kHeads>;
   static constexpr int kCount = Cols::kCount;
-  // The maximum in use lags behind the true one until that has grown by 2^kSlack: probabilities up
-  // to 2^kSlack are harmless in float32 sums, and most tiles then leave O as it is.
-  static constexpr float kSlack = 8.f;
+  static constexpr float kSlack = RunningRows::kSlack;  // how far the maximum in use lags behind
   // The maximum of nothing: any score outgrows it, where -inf would make NaN of it.
   static constexpr float kNothing = -3.402823466e38f;
 
