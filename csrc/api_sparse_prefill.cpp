@@ -50,6 +50,8 @@ void sparse_prefill(TensorView q, TensorView kv, TensorView indices, TensorView 
   const DeviceGuard guard(q.device());
   FLASHMLA_CUDA_CHECK(
       cudaDeviceGetAttribute(&a.sms, cudaDevAttrMultiProcessorCount, q.device().device_id));
+  FLASHMLA_CUDA_CHECK(
+      cudaDeviceGetAttribute(&a.l2_bytes, cudaDevAttrL2CacheSize, q.device().device_id));
   prefill::launch(a, guard.stream());
 }
 

@@ -39,11 +39,21 @@ __device__ __forceinline__ float load_float_once(const void* from, bool conditio
 }
 
 // Starts a copy of 16 bytes to shared memory by its 32-bit address, past L1, for which L2 may fetch
-// the 256 bytes around them; zeros, and no access to global memory, where the condition is false.
+// the kAround bytes around them, 128 or 256; zeros, and no access to global memory, where the
+// condition is false.
+template <int kAround = 256>
 __device__ __forceinline__ void start_copy_16(uint32_t to, const void* from, bool condition) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(condition ? 16 : 0)
-               : "memory");
+  static_assert(kAround == 128 || kAround == 256);
+  const int bytes = condition ? 16 : 0;
+  if constexpr (kAround == 128) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  }
 }
 
 }  // namespace flashmla

@@ -28,6 +28,7 @@ struct Args {
   float* max_logits;       // [queries, h_q]
   float* lse;              // [queries, h_q]
   int sms;
+  int l2_bytes;
 };
 
 void launch(const Args& args, cudaStream_t stream);

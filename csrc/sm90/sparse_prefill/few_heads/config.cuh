@@ -112,6 +112,7 @@ struct KernelParams {
   const uint8_t* kv;     // [tokens, d_qk]
   uint32_t kv_stride16;  // in units of 16 bytes
   uint32_t tokens;       // indices from here on point to nothing
+  bool beyond_l2;        // kv is more than L2 holds
   const int* indices;    // [queries, topk]
   int64_t indices_stride;
   const int* topk_length;  // [queries], or null

@@ -9,8 +9,6 @@ namespace flashmla::sm90::sparse_prefill::few_heads {
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;  // mbarrier
 
-constexpr uint32_t kNowhere = 0xffffffffu;  // in place of a token's offset
-
 // Walks the tiles of this CTA's items.
 class TileCursor {
  public:
@@ -47,7 +45,8 @@ class TileCursor {
 };
 
 // A warp copies its share of a tile's tokens. In one instruction eight lanes copy 128 bytes of one
-// token, and the warp those of four: places 4 i + lane / 8 of its own, in steps i.
+// token, and the warp those of four: places 4 i + lane / 8 of its own, in steps i. What a copy
+// needs to know is worked out once a tile.
 template <class T, int kHeads>
 struct Gatherer {
   static constexpr int kSteps = kTokensAWarp / 4;
@@ -57,30 +56,41 @@ struct Gatherer {
   const int lane = threadIdx.x % 32;
   const int place = warp * kTokensAWarp + lane / 8;
 
-  // This thread's tokens: where their first 16 bytes for it are, in units of 16 bytes, or kNowhere.
-  uint32_t token[kSteps];
+  const uint8_t* token[kSteps];  // where this thread's 16 bytes of it begin in global memory
+  int exists;                    // bit i: token i does
 
   __device__ __forceinline__ void look_up(const int (&index)[kSteps]) {
+    exists = 0;
     CUTE_UNROLL
     for (int i = 0; i < kSteps; ++i) {
-      const bool exists = static_cast<uint32_t>(index[i]) < p.tokens;
-      token[i] = exists ? index[i] * p.kv_stride16 + lane % 8 : kNowhere;
+      exists |= (static_cast<uint32_t>(index[i]) < p.tokens) << i;
+      const uint32_t offset = index[i] * p.kv_stride16;
+      token[i] = p.kv + (static_cast<uint64_t>(offset) + lane % 8) * 16;
     }
   }
 
   // Piece `piece` of the tile's tokens, [64 tokens, 64], in the 128-byte swizzle: chunk c of row r
   // at c ^ (r % 8), and r % 8 is lane / 8 in even steps, 4 more in odd ones. Zeros where a token
   // does not exist, and where there is no such piece.
+  template <int kAround>
   __device__ __forceinline__ void copy_piece(int piece, T* to) const {
-    const uint32_t row = cute::cast_smem_ptr_to_uint(to) + place * 128;
-    const uint32_t even = row + ((lane % 8) ^ (lane / 8)) * 16;
-    const uint32_t odd = row + ((lane % 8) ^ (lane / 8 + 4)) * 16;
-    const bool there = piece != kRopePiece || p.d_qk != kDimV;
+    const uint32_t even =
+        cute::cast_smem_ptr_to_uint(to) + place * 128 + ((lane % 8) ^ (lane / 8)) * 16;
+    const uint32_t odd = even ^ 64;
+    const int wanted = piece == kRopePiece && p.d_qk == kDimV ? 0 : exists;
     CUTE_UNROLL
     for (int i = 0; i < kSteps; ++i) {
-      start_copy_16((i % 2 ? odd : even) + i * 4 * 128,
-                    p.kv + static_cast<uint64_t>(token[i]) * 16 + piece * 128,
-                    there && token[i] != kNowhere);
+      start_copy_16<kAround>((i % 2 ? odd : even) + i * 4 * 128, token[i] + piece * 128,
+                             wanted >> i & 1);
+    }
+  }
+
+  // Group g of the tile's pieces, to a slot of the ring.
+  template <int kAround>
+  __device__ __forceinline__ void copy_group(int g, int slot) const {
+    CUTE_UNROLL
+    for (int i = 0; i < kGroupPieces; ++i) {
+      copy_piece<kAround>(piece_at(g * kGroupPieces + i), shared.ring[slot][i]);
     }
   }
 
@@ -88,7 +98,7 @@ struct Gatherer {
   __device__ __forceinline__ void leave_valid_bits(ValidBits* to) const {
     unsigned mine = 0;
     CUTE_UNROLL
-    for (int i = 0; i < kSteps; ++i) mine |= static_cast<unsigned>(token[i] != kNowhere) << (4 * i);
+    for (int i = 0; i < kSteps; ++i) mine |= static_cast<unsigned>(exists >> i & 1) << (4 * i);
     const unsigned bits = __reduce_or_sync(0xffffffffu, mine << (lane / 8));
     if (lane == 0) to[warp] = static_cast<ValidBits>(bits);
   }
@@ -114,9 +124,11 @@ struct Gatherer {
         // any slot may be the next tile's first.
         if (g == 0) leave_valid_bits(shared.valid[count % kValidSlots]);
         if (lane == 0) Barrier::arrive(&shared.full[at.slot]);
-        CUTE_UNROLL
-        for (int i = 0; i < kGroupPieces; ++i) {
-          copy_piece(piece_at(g * kGroupPieces + i), shared.ring[at.slot][i]);
+        // Tokens lie anywhere: of what L2 fetches around them little is read before it is gone.
+        if (p.beyond_l2) {
+          copy_group<128>(g, at.slot);
+        } else {
+          copy_group<256>(g, at.slot);
         }
         cutlass::arch::cpasync_barrier_arrive_noinc(&shared.full[at.slot]);
       }

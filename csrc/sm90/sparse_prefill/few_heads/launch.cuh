@@ -23,6 +23,7 @@ void launch_kernel(const Args& a, cudaStream_t stream) {
   KernelParams p;
   p.items = a.queries;
   set_common<T>(p, a);
+  p.beyond_l2 = a.tokens * a.kv_stride * static_cast<int64_t>(sizeof(T)) > a.l2_bytes;
 
   constexpr int kShared = sizeof(SharedStorage<T, kHeads>);
   allow_shared_memory<&few_heads_kernel<T, kHeads>>(kShared);
