@@ -26,12 +26,13 @@ static_assert(kRegistersProducer + 2 * kRegistersConsumer <= 504, "3 x 168 at th
 enum BarrierId : uint32_t {
   kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits
   kProbabilitiesOdd = 2,
-  kRowSums = 3,  // both consumers have left their row sums
-  kStaged0 = 4,  // consumer 0 has left its part of the output in shared memory; 5 is consumer 1's
-  kScored0 = 6,  // consumer 0 has read all of its tile's RoPE piece; 7 is consumer 1's
+  kRowSums = 3,    // both consumers have left their row sums
+  kStaged0 = 4,    // consumer 0 has left its part of the output in shared memory; 5 is consumer 1's
+  kFollowed0 = 6,  // consumer 0 is through with the other's P; 7 is consumer 1's
 };
 
-static_assert(kScored0 + 1 + uint32_t(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier) < 16);
+static_assert(kFollowed0 + 1 + uint32_t(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier) <
+              16);
 
 // A warp's share of which tokens of a tile count: bit i for its token i.
 using ValidBits = uint16_t;
@@ -40,13 +41,14 @@ static_assert(kTokensAWarp == 16 && kWarps * sizeof(ValidBits) == sizeof(uint64_
 // A ring holds the halves of tiles, in the order in which they are read first: of each tile the
 // half of V that its scores' consumer owns, then the other's. A half comes free when its owner has
 // multiplied it with P, whichever half that is; that of the last tile when the output that was
-// staged in it is on its way. RoPE, which only the scores need, has places of its own by the parity
-// of the tile, and when the scores are done their P takes its place.
+// staged in it is on its way. RoPE has a place of its own, which comes free with the scores, and P
+// another: who writes P_j there has read P_{j-1}.
 template <class T>
 struct SharedStorage {
   alignas(1024) T q[(kPieces - kRegisterPieces) * kPieceElements];  // [6 pieces][64 rows][64]
   alignas(1024) T half[kSlots][kPiecesHalf * kPieceElements];  // [4 pieces][64 tokens][64] a slot
-  alignas(1024) T rope[2][kPieceElements];                     // [64 tokens][64], P [64 rows][64]
+  alignas(1024) T rope[kPieceElements];                        // [64 tokens][64]
+  alignas(1024) T p[kPieceElements];                           // [64 rows][64 tokens]
   alignas(8) ValidBits valid[2][kWarps];                       // by parity of the tile
   float row_max[2][kRows];                                     // by parity of the tile
   float row_alpha[2][kRows];                                   // what the tile rescales O by
@@ -55,8 +57,8 @@ struct SharedStorage {
   uint64_t q_full, q_empty;
   uint64_t half_full[kSlots][kGroups];
   uint64_t half_empty[kSlots];
-  uint64_t rope_full[2];
-  uint64_t rope_empty[2];
+  uint64_t rope_full[2];  // by parity of the tile: its reader has seen the one before the last
+  uint64_t rope_empty;
 };
 static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
 

@@ -150,23 +150,23 @@ struct Gatherer {
   }
 
   // Which of this warp's tokens count, for the mask.
-  __device__ __forceinline__ void leave_valid_bits(int slot) const {
+  __device__ __forceinline__ void leave_valid_bits(int parity) const {
     unsigned mine = 0;
     CUTE_UNROLL
     for (int i = 0; i < kSteps; ++i) mine |= static_cast<unsigned>(exists >> i & 1) << (4 * i);
     const unsigned bits = __reduce_or_sync(0xffffffffu, mine << (lane() / 8));
     if (lane() == 0) {
-      shared.valid[slot][warp()] = static_cast<ValidBits>(bits);
-      Barrier::arrive(&shared.rope_full[slot]);
+      shared.valid[parity][warp()] = static_cast<ValidBits>(bits);
+      Barrier::arrive(&shared.rope_full[parity]);
     }
   }
 
-  __device__ __forceinline__ void copy_rope(int slot) const {
+  __device__ __forceinline__ void copy_rope(int parity) const {
     // No such columns: zeros, whatever lies behind the token.
     const int wanted = p.d_qk == kDimV ? 0 : exists;
-    const uint32_t even = cute::cast_smem_ptr_to_uint(shared.rope[slot]) + at;
+    const uint32_t even = cute::cast_smem_ptr_to_uint(shared.rope) + at;
     copy_pieces<kRopePiece, 1>(even, even ^ 64, wanted);
-    cutlass::arch::cpasync_barrier_arrive_noinc(&shared.rope_full[slot]);
+    cutlass::arch::cpasync_barrier_arrive_noinc(&shared.rope_full[parity]);
   }
 
   __device__ __forceinline__ void run() {
@@ -192,10 +192,9 @@ struct Gatherer {
       // The next tile's indices are on their way while the place for RoPE is waited for.
       more = cursor.advance();
       index = listed(cursor, more);
-      const int slot = count & 1;
-      Barrier::wait(&shared.rope_empty[slot], (count >> 1 & 1) ^ 1);
-      copy_rope(slot);
-      leave_valid_bits(slot);
+      Barrier::wait(&shared.rope_empty, (count & 1) ^ 1);
+      copy_rope(count & 1);
+      leave_valid_bits(count & 1);
     }
   }
 };

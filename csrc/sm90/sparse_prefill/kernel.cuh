@@ -49,8 +49,6 @@ struct Consumer {
   __device__ __forceinline__ HalfSlot others_half(int j) const {
     return HalfSlot((tile_count + j) * 2 + 1);
   }
-  __device__ __forceinline__ int rope_slot(int j) const { return (tile_count + j) & 1; }
-  __device__ __forceinline__ T* p_tile(int j) const { return shared.rope[rope_slot(j)]; }
 
   // Three pieces of q [64 rows, 576] from global memory, as operands from registers: of each block
   // of 16 columns two neighbours, in two row halves and two halves of the columns.
@@ -103,8 +101,9 @@ struct Consumer {
       constexpr int kGroup = kPiecesHalf / kGroups;
       const T* from;
       if (n == kRopePiece) {
-        wait_for_copies(&shared.rope_full[rope_slot(j)], (tile_count + j) >> 1 & 1);
-        from = shared.rope[rope_slot(j)];
+        const int tile = tile_count + j;
+        wait_for_copies(&shared.rope_full[tile & 1], tile >> 1 & 1);
+        from = shared.rope;
       } else {
         if (n % kGroup == 0) {
           wait_for_copies(&shared.half_full[at.slot][n % kPiecesHalf / kGroup], at.parity);
@@ -127,17 +126,18 @@ struct Consumer {
     cute::warpgroup_commit_batch();
   }
 
-  // P_j to where RoPE was, for the other consumer's product, in the 128-byte swizzle; and the
+  // P_j to where P_{j-1} was, for the other consumer's product, in the 128-byte swizzle; and the
   // largest score of each row so far, which only whoever has the next tile looks at.
   template <class Probabilities>
   __device__ __forceinline__ void publish(int j, const Probabilities& pr, const RowPair& max,
                                           const RowPair& alpha) {
     const int lane = thread % 32;
     const int matrix_row = thread / 32 * 16 + lane % 16;
+    cutlass::arch::NamedBarrier::sync(128, kFollowed0 + kMine);
     CUTE_UNROLL
     for (int k = 0; k < kTokens / 16; ++k) {
       const int chunk = (k * 2 + lane / 16) ^ (matrix_row % 8);
-      auto* to = reinterpret_cast<cute::uint128_t*>(p_tile(j) + matrix_row * kTokens + chunk * 8);
+      auto* to = reinterpret_cast<cute::uint128_t*>(shared.p + matrix_row * kTokens + chunk * 8);
       const auto* from = reinterpret_cast<const uint32_t*>(&pr(k * 8));
       cute::SM90_U32x4_STSM_N::copy(from[0], from[1], from[2], from[3], *to);
     }
@@ -189,7 +189,7 @@ struct Consumer {
                                typename Tiles<T>::ValueHalf{});
     // P [64 rows, 64 tokens]
     auto probabilities =
-        cute::make_tensor(cute::make_smem_ptr(p_tile(j)), typename Tiles<T>::Piece{});
+        cute::make_tensor(cute::make_smem_ptr(shared.p), typename Tiles<T>::Piece{});
     auto thread_mma = output_mma_ss.get_thread_slice(thread);
     fence_fragment(o);
     cute::warpgroup_arrive();
@@ -205,7 +205,6 @@ struct Consumer {
     cute::warpgroup_wait<0>();
     fence_fragment(o);
     if (j >= 0 && !last) release(&shared.half_empty[others_half(j).slot]);
-    if (j >= 0) release(&shared.rope_empty[rope_slot(j)]);
   }
 
   // region: own_tile
@@ -218,9 +217,10 @@ struct Consumer {
     if (!kAlone) start_other_tile(j - 1, softmax, o);
     cute::warpgroup_wait<kAlone ? 0 : 1>();
     fence_fragment(s);
-    cutlass::arch::NamedBarrier::sync(128, kScored0 + kMine);  // P goes where RoPE is
+    const auto valid = *reinterpret_cast<const uint64_t*>(shared.valid[(tile_count + j) & 1]);
+    __syncwarp();  // one lane speaks for all
+    release(&shared.rope_empty);
     if (j + 2 >= tiles) release(&shared.q_empty);
-    const auto valid = *reinterpret_cast<const uint64_t*>(shared.valid[rope_slot(j)]);
     if (valid != ~uint64_t{0}) OnlineSoftmax::mask(s, valid);
   }
 
@@ -230,7 +230,7 @@ struct Consumer {
                                                   Output& o, Scores& s, Probabilities& pr) {
     const RowPair top = OnlineSoftmax::largest(s);
     const RowPair alpha = softmax.raise_max(top, p.scale_log2);
-    finish_other_tile(j - 1, false, o);  // before the exponentials: RoPE's place is wanted
+    finish_other_tile(j - 1, false, o);  // before the exponentials: its place is wanted
     softmax.exponentiate(s, p.scale_log2);
     to_operand<T>(s, pr);
     publish(j, pr, softmax.max, alpha);
@@ -370,8 +370,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int s = 0; s < 2; ++s) {
       Barrier::init(&shared.rope_full[s], kProducerThreads + kWarps);  // copies, and valid bits
-      Barrier::init(&shared.rope_empty[s], kWarps);  // of the consumer that reads P there
     }
+    Barrier::init(&shared.rope_empty, kWarps);  // of the consumer that computes the scores
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
