@@ -54,7 +54,7 @@ enum BarrierId : uint32_t {
   kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits
   kProbabilitiesOdd = 2,
   kRowSums = 3,      // both consumers have left their row sums
-  kOwnPublished = 4  // all of consumer 0 have published; 5 is consumer 1's
+  kOwn = 4           // all of consumer 0 have come this far; 5 is consumer 1's
 };
 
 // A warp's share of which tokens of a tile count: bit i for its token i.

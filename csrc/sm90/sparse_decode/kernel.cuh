@@ -124,7 +124,7 @@ struct Consumer {
     }
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::arrive(kConsumerThreads, kProbabilitiesEven + kMine);
-    cutlass::arch::NamedBarrier::sync(kConsumerThreads / 2, kOwnPublished + kMine);
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads / 2, kOwn + kMine);
   }
 
   // O += P_j V_j, left running.
@@ -183,6 +183,7 @@ struct Consumer {
     cute::warpgroup_wait<0>();
     fence_fragment(s);
     fence_fragment(o);
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads / 2, kOwn + kMine);  // P goes where RoPE is
     mask.apply(j, shared.valid[rope_stage(j)], s);
     if (j + 2 >= tiles) release(&shared.q_empty);
 
