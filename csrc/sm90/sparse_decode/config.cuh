@@ -53,8 +53,8 @@ __device__ __forceinline__ int chunk_offset_bytes(int piece, int row, int chunk)
 enum BarrierId : uint32_t {
   kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits
   kProbabilitiesOdd = 2,
-  kRowSums = 3,      // both consumers have left their row sums
-  kOwn = 4           // all of consumer 0 have come this far; 5 is consumer 1's
+  kRowSums = 3,  // both consumers have left their row sums
+  kOwn = 4       // all of consumer 0 have come this far; 5 is consumer 1's
 };
 
 // A warp's share of which tokens of a tile count: bit i for its token i.
