@@ -264,15 +264,17 @@ struct Consumer {
   }
 
   // A warpgroup may be ahead of the one that has the tile before in this slot, and the barrier,
-  // which knows the parity of rounds only, then answers for the round before that.
+  // which knows the parity of rounds only, then answers for the round before that. The tile's
+  // number says that this round has come, if perhaps not to its end: then the barrier's answer
+  // counts.
   __device__ __forceinline__ TileInfo wait_for(int count) const {
     const int slot = count % C::kSlots;
-    TileInfo info;
+    const auto wait = [&] { Barrier::wait(&shared.full[slot], count / C::kSlots & 1); };
     do {
-      Barrier::wait(&shared.full[slot], count / C::kSlots & 1);
-      info = shared.info[slot];
-    } while (info.number != count);
-    return info;
+      wait();
+    } while (shared.info[slot].number != count);
+    wait();
+    return shared.info[slot];
   }
 
   template <class Mask, class Output>
