@@ -153,7 +153,7 @@ def topk(device: str) -> None:
 
 
 def sparse_decode(device: str) -> None:
-    """The tests' cases, which have few heads or one tile; then longer lists, cut or whole."""
+    """The tests' cases, which have few heads or one tile; then longer lists, whole or cut."""
     from cases import SPARSE_DECODE_CASES, SparseDecodeCase
 
     import flashmla
@@ -172,11 +172,10 @@ def sparse_decode(device: str) -> None:
     longer = [
         SparseDecodeCase(f"h{h_q}", 1, 2, h_q, 400, 20, sink=True) for h_q in (16, 32, 64, 100)
     ]
-    for case in longer:
-        run(case)
-    with mock.patch.object(sparse, "splits_for", lambda *_: 1):
-        for case in longer:
-            run(case)
+    for splits in (1, 3, 70):  # whole; merged by CTAs that meet, and by a second kernel
+        with mock.patch.object(sparse, "splits_for", lambda *_, splits=splits: splits):
+            for case in longer:
+                run(case)
 
 
 def dense_decode_fp8(device: str) -> None:

@@ -36,7 +36,16 @@ START_OVERHEAD = 3.0
 """What starting a part costs a CTA, in tiles of 64 tokens."""
 
 MERGE_OVERHEAD = 4.0
-"""What writing partial results and merging them costs, in tiles of 64 tokens."""
+"""What merging partial results costs, however few, in tiles of 64 tokens."""
+
+PARTIAL_OVERHEAD = 3.0 / 128
+"""What one more partial result of 64 rows costs them all, in tiles of 64 tokens."""
+
+FEW_ROWS = 16
+"""Heads up to which the kernel for few rows reads a whole list faster than the other one would."""
+
+FEW_ROWS_COST = 0.86
+"""How long that takes it, relative to the other one."""
 
 CACHE_SPAN = 16 << 32
 """Bytes of cache that a token's 32-bit offset in units of 16 can reach."""
@@ -60,7 +69,7 @@ def sparse_decode(
     b, s_q, h_q, _ = q.shape
     out = q.new_empty(b, s_q, h_q, head_dim_v)
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
-    splits = splits_for(b * s_q, h_q, indices.shape[2], _sms(q.device))
+    splits = splits_for(b * s_q, h_q, indices.shape[2], _sms(q.device), is_fp8_kvcache)
     optional = topk_length, attn_sink, None, None, None, None
     results = out, lse, is_fp8_kvcache, splits, softmax_scale
     # The second time queries or lists were scattered, or began at no multiple of 16 bytes.
@@ -111,7 +120,7 @@ def quick_sparse_decode() -> Callable[..., tuple[Tensor, Tensor] | None]:
             return None
         out = q.new_empty(b, s_q, h_q, HEAD_DIM_V)
         lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
-        splits = splits_for(b * s_q, h_q, indices.shape[2], _sms(q.device))
+        splits = splits_for(b * s_q, h_q, indices.shape[2], _sms(q.device), is_fp8_kvcache)
         try:
             launched = kernel(
                 q, k_cache, indices, *optional, out, lse, is_fp8_kvcache, splits, softmax_scale
@@ -164,7 +173,7 @@ def _sms(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def splits_for(queries: int, h_q: int, topk: int, sms: int) -> int:
+def splits_for(queries: int, h_q: int, topk: int, sms: int, is_fp8: bool = True) -> int:
     """How many CTAs share the list of one query, so that all are done soonest.
 
     All lists count as equally long, so there is no plan: a card's rounds times what a CTA does in
@@ -172,11 +181,15 @@ def splits_for(queries: int, h_q: int, topk: int, sms: int) -> int:
     """
     tiles = max(1, -(-topk // TILE))
     units = queries * -(-h_q // ROWS)
+    filled = min(ROWS, -(-h_q // 16) * 16) / ROWS  # of a partial result's rows
     best, least = 1, float("inf")
     for splits in range(1, min(tiles, LONGEST_SPLIT, max(1, 2 * sms // units)) + 1):
         rounds = -(-units * splits // sms)
         cost = rounds * (-(-tiles // splits) + START_OVERHEAD)
-        cost += MERGE_OVERHEAD if splits > 1 else 0.0
+        if splits > 1:
+            cost += MERGE_OVERHEAD + PARTIAL_OVERHEAD * units * splits * filled
+        elif is_fp8 and h_q <= FEW_ROWS:
+            cost *= FEW_ROWS_COST
         if cost < least:
             best, least = splits, cost
     return best

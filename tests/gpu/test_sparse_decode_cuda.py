@@ -113,8 +113,8 @@ def test_against_oracle(case: SparseDecodeCase) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "h128_sq2", "few_queries", "many_queries", "bf16_cache_large", "few_heads_2",
-        "few_heads_5",
+        "h128_sq2", "few_queries", "many_queries", "bf16_cache_large", "few_heads_0",
+        "few_heads_2", "few_heads_5",
     ],
 )  # fmt: skip
 def test_repeats_bit_for_bit(name: str) -> None:
@@ -227,6 +227,61 @@ def test_graph_replays_with_other_indices() -> None:
         want_out, want_lse = x.expected()
         assert_out_close(out, want_out)
         assert_lse_close(lse, want_lse)
+
+
+def test_a_call_waits_for_the_copies_before_it() -> None:
+    """Between calls that may begin early, other lists and other queries are copied in."""
+    x = named("few_queries").build(DEVICE)
+    given = [
+        (x.q.roll(i, 2), x.indices.masked_fill(x.indices % 7 == i, -1)) for i in range(6)
+    ]  # fmt: skip
+    want = []
+    for q, indices in given:
+        x.q, x.indices = q, indices
+        want.append(decode(x))
+    x.q, x.indices = x.q.clone(), x.indices.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = []
+        for q, indices in given:
+            x.q.copy_(q)
+            x.indices.copy_(indices)
+            results.append(decode(x))
+    for _ in range(REPEATS):
+        graph.replay()
+    for (out, lse), (want_out, want_lse) in zip(results, want, strict=True):
+        assert_identical("out", out, want_out)
+        assert_identical("lse", lse, want_lse)
+
+
+def test_split_lists_of_several_calls_at_once() -> None:
+    """The CTAs of a call meet, and those of two graphs and of eager calls do not mix."""
+    sizes = ((2, 2, 128), (8, 1, 16), (3, 1, 64))
+    problems = [
+        Case(f"at_once_{i}", *size, 2048, 64, seed=70 + i).build(DEVICE)
+        for i, size in enumerate(sizes)
+    ]
+    want = [decode(x) for x in problems]
+    torch.cuda.synchronize()
+    graphs, results = [], []
+    for x in problems[:2]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append([decode(x) for _ in range(10)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    eager = []
+    for _ in range(5):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager += [decode(problems[2]) for _ in range(10)]
+    torch.cuda.synchronize()
+    for got, (want_out, want_lse) in zip([*results, eager], want, strict=True):
+        for out, lse in got:
+            assert_identical("out", out, want_out)
+            assert_identical("lse", lse, want_lse)
 
 
 def test_a_query_that_is_a_strided_view() -> None:

@@ -1,15 +1,23 @@
 // Sparse decode of few heads over an FP8 cache, lists that are not split.
+#include <algorithm>
+
+#include "../../common/cuda_check.h"
+#include "../../common/shared_memory.h"
 #include "few_rows.cuh"
 #include "instances.h"
-#include "launch_lists.cuh"
+#include "params.cuh"
 
 namespace flashmla::sm90::sparse_decode {
 namespace {
 
 template <int kN>
 void launch_as(const Args& a, cudaStream_t stream) {
-  launch_lists<&few_rows::few_rows_kernel<ListSource, kN>>(
-      a, few_rows::Config<kN>::kThreads, sizeof(few_rows::SharedStorage<kN>), false, stream);
+  constexpr auto kKernel = &few_rows::few_rows_kernel<ListSource, kN>;
+  constexpr int kShared = sizeof(few_rows::SharedStorage<kN>);
+  allow_shared_memory<kKernel>(kShared);
+  const KernelParams p = list_params(a);
+  kKernel<<<std::min(p.items, a.sms), few_rows::Config<kN>::kThreads, kShared, stream>>>(p);
+  FLASHMLA_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace

@@ -248,7 +248,8 @@ __device__ __forceinline__ void meet() {
 }
 
 template <class T, class Source, int kMine, bool kPair>
-__device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared) {
+__device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared,
+                                        unsigned* meeting) {
   Consumer<T, Source, kMine, kPair> consumer{p, shared};
   if constexpr (Source::kPaged) {
     PagedWorkList list(p);
@@ -259,25 +260,14 @@ __device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>&
     }
   }
   if (kPair) return meet();  // the neighbour may still let go of tiles here
-  if (Source::kPaged || !p.merges) return;
-  // The producers are gone by now or go soon: the barrier does not wait for threads that have left.
-  meet();
-  const int number = blockIdx.x, thread = threadIdx.x - kProducerThreads;
-  switch (p.splits) {
-    case 2:
-      return merge_share<T, 2>(p, number, thread);
-    case 4:
-      return merge_share<T, 4>(p, number, thread);
-    case 8:
-      return merge_share<T, 8>(p, number, thread);
-    case 16:
-      return merge_share<T, 16>(p, number, thread);
-  }
+  if (Source::kPaged || meeting == nullptr) return;
+  meet_in_unit(p, meeting);
+  merge_share<T>(p, blockIdx.x, threadIdx.x - kProducerThreads);
 }
 
 template <class T, class Source, template <class, class> class Producer>
 __global__ void __launch_bounds__(kThreads, 1)
-    sparse_decode_kernel(const __grid_constant__ KernelParams p) {
+    sparse_decode_kernel(const __grid_constant__ KernelParams p, unsigned* meeting) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<SharedStorage<T>*>(raw);
   constexpr bool kPair = Producer<T, Source>::kIsPair;
@@ -298,6 +288,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (kPair) meet();
+  // So far the kernel before may still be at work; what comes now needs its results. What follows
+  // this one may begin likewise, as soon as there is room.
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup < 2) {
@@ -305,10 +299,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     Producer<T, Source>{p, shared}.run();
   } else if (warpgroup == 2) {
     cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
-    consume<T, Source, 0, kPair>(p, shared);
+    consume<T, Source, 0, kPair>(p, shared, meeting);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
-    consume<T, Source, 1, kPair>(p, shared);
+    consume<T, Source, 1, kPair>(p, shared, meeting);
   }
 }
 

@@ -31,7 +31,7 @@ void launch_pages(const PagedArgs& a, cudaStream_t stream) {
   cluster.val.clusterDim = {2, 1, 1};
   config.attrs = &cluster;
   config.numAttrs = p.pages.pairs ? 1 : 0;
-  FLASHMLA_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, p));
+  FLASHMLA_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, p, nullptr));
 }
 
 }  // namespace flashmla::sm90::sparse_decode

@@ -1,9 +1,8 @@
-// Launch of a kernel over lists: splits of a list as a cluster where that can be, neighbouring row
-// tiles as a cluster where they work in pairs.
+// Launch of a kernel over lists: where these are split and each CTA has an SM, the CTAs merge what
+// they found by themselves; neighbouring row tiles are a cluster where they work in pairs.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 
 #include "../../common/cuda_check.h"
 #include "../../common/shared_memory.h"
@@ -12,60 +11,35 @@
 
 namespace flashmla::sm90::sparse_decode {
 
-constexpr int kLargestCluster = 16;  // more than 8 have to be allowed
-
-// How many clusters of a size run side by side on the current device. Asking costs microseconds, so
-// each kernel remembers the answers of the first devices.
-template <auto kKernel>
-int most_clusters(const cudaLaunchConfig_t& config, int size) {
-  constexpr int kDevices = 16;
-  static std::atomic<int> known[kDevices][kLargestCluster + 1];
-  int device = 0;
-  FLASHMLA_CUDA_CHECK(cudaGetDevice(&device));
-  if (device < kDevices) {
-    const int most = known[device][size].load(std::memory_order_relaxed);
-    if (most > 0) return most;
-  }
-  FLASHMLA_CUDA_CHECK(
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  int most = 0;
-  FLASHMLA_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&most, kKernel, &config));
-  if (device < kDevices) known[device][size].store(most, std::memory_order_relaxed);
-  return most;
-}
-
 // pairs: there is an even number of row tiles, lists are whole, and row tiles work in pairs.
 template <auto kKernel>
 void launch_lists(const Args& a, int threads, int shared, bool pairs, cudaStream_t stream) {
-  KernelParams p = list_params(a);
+  const KernelParams p = list_params(a);
   allow_shared_memory<kKernel>(shared);
+  // Of few splits each CTA would merge too much by itself.
+  const int warps_of_rows = std::min(4, (a.h_q + 15) / 16);
+  const bool meets = a.splits > 1 && a.splits >= 2 * warps_of_rows && p.items <= a.sms;
+  unsigned* const meeting = meets ? grid_counter(stream) : nullptr;
+
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  if (pairs) {
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {2, 1, 1};
+  } else {
+    attributes[1].id = cudaLaunchAttributeCooperative;
+    attributes[1].val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
+  config.gridDim = dim3(std::min(p.items, pairs ? a.sms / 2 * 2 : a.sms));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(a.splits), 1, 1};
-  p.merges = false;
-  if (a.splits > 1 && a.splits <= kLargestCluster && (a.splits & (a.splits - 1)) == 0) {
-    config.gridDim = dim3(p.items);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    // Only if all run side by side: then those of one list end together.
-    p.merges = p.items / a.splits <= most_clusters<kKernel>(config, a.splits);
-  }
-  if (!p.merges) {
-    config.gridDim = dim3(std::min(p.items, a.sms));
-    config.numAttrs = 0;
-  }
-  if (pairs) {
-    cluster.val.clusterDim = {2, 1, 1};
-    config.gridDim = dim3(std::min(p.items, a.sms / 2 * 2));
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-  }
-  FLASHMLA_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, p));
-  if (a.splits > 1 && !p.merges) launch_combine(a, stream);
+  config.attrs = attributes;
+  config.numAttrs = pairs || meeting != nullptr ? 2 : 1;
+  FLASHMLA_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, p, meeting));
+  if (a.splits > 1 && meeting == nullptr) launch_combine(a, stream);
 }
 
 }  // namespace flashmla::sm90::sparse_decode
