@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
-#include <cute/arch/copy_sm90.hpp>
 
 #include "../../common/vote.cuh"
 #include "few_rows_fetch.cuh"
@@ -177,25 +176,13 @@ struct Consumer {
   template <class Scores>
   __device__ __forceinline__ void publish(const Scores& s, const float4 (&scale)[2]) {
     cutlass::NumericArrayConverter<Element, float, 2> convert;
-    const int chunk = warp * 2 + lane / 8 % 2;
     CUTE_UNROLL
     for (int g = 0; g < kGroups; ++g) {
-      CUTE_UNROLL
-      for (int jj = 0; jj < kN / 16; ++jj) {
-        uint32_t x[4];  // [2 groups of 8 query rows][2 groups of 8 tokens]
-        CUTE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float factor = reinterpret_cast<const float*>(&scale[i % 2])[g];
-          const int at = (jj * 2 + i / 2) * 4 + i % 2 * 2;
-          const auto pair = convert({s(at) * factor, s(at + 1) * factor});
-          x[i] = reinterpret_cast<const uint32_t&>(pair);
-        }
-        const int row = jj * 16 + lane / 16 * 8 + lane % 8;
-        Element* to =
-            shared.probabilities[warpgroup][g] + row * kTokens + ((chunk ^ (row % 8)) * 8);
-        cute::SM90_U16x8_STSM_T::copy(x[0], x[1], x[2], x[3],
-                                      *reinterpret_cast<cute::uint128_t*>(to));
-      }
+      store_transposed<kN>(shared.probabilities[warpgroup][g], [&](int i) {
+        const float factor = reinterpret_cast<const float*>(&scale[row_half(i)])[g];
+        const auto pair = convert({s(i) * factor, s(i + 1) * factor});
+        return reinterpret_cast<const uint32_t&>(pair);
+      });
     }
   }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
-#include <cute/arch/copy_sm90.hpp>
 
 #include "../../../common/accumulator.cuh"
 #include "../../../common/running_rows.cuh"
@@ -36,31 +35,14 @@ __device__ __forceinline__ float reduce_rows(float x, Operator op) {
   return x;
 }
 
-// An accumulator [64, heads] to `to`, [heads][64] of 16-bit values in the 128-byte swizzle.
+// An accumulator [64, heads] to `to`, [heads][64] in the 128-byte swizzle.
 template <class T, int kHeads, class Accumulator>
 __device__ __forceinline__ void store_transposed(T* to, const Accumulator& x) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x % 128 / 32;
   cutlass::NumericArrayConverter<T, float, 2> convert;
-  auto pair = [&](int i) {
+  flashmla::store_transposed<kHeads>(to, [&](int i) {
     const auto both = convert({x(i), x(i + 1)});
     return reinterpret_cast<const uint32_t&>(both);
-  };
-  // Four 8 x 8 matrices at a time: 16 rows of this warp by 16 heads; lane l addresses row l % 8 of
-  // the stored matrix l / 8.
-  const int chunk = (warp * 2 + lane / 8 % 2) ^ (lane % 8);
-  T* mine = to + lane % 8 * 64 + chunk * 8;
-  if constexpr (kHeads == 8) {
-    cute::SM90_U16x4_STSM_T::copy(pair(0), pair(2), *reinterpret_cast<cute::uint128_t*>(mine));
-  } else {
-    static_assert(kHeads % 16 == 0);
-    mine += lane / 16 * 8 * 64;
-    CUTE_UNROLL
-    for (int b = 0; b < kHeads / 16; ++b) {
-      cute::SM90_U16x8_STSM_T::copy(pair(b * 8), pair(b * 8 + 2), pair(b * 8 + 4), pair(b * 8 + 6),
-                                    *reinterpret_cast<cute::uint128_t*>(mine + b * 16 * 64));
-    }
-  }
+  });
 }
 
 template <int kHeads>
