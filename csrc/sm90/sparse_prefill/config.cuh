@@ -22,6 +22,19 @@ constexpr int kRegistersProducer = 24;
 constexpr int kRegistersConsumer = 240;
 static_assert(kRegistersProducer + 2 * kRegistersConsumer <= 504, "3 x 168 at the start");
 
+// Which pieces of Q stay in registers, where dense decode keeps others: the first of each half, and
+// RoPE. A wgmma with an operand in registers holds its warps until the tensor cores come to it, so
+// it should not be what a wait for the next pieces comes behind.
+__host__ __device__ constexpr bool in_registers(int piece) {
+  return piece % kPiecesHalf == 0;
+}
+__host__ __device__ constexpr int register_piece(int piece) {
+  return piece / kPiecesHalf;
+}
+__host__ __device__ constexpr int shared_piece(int piece) {
+  return piece - 1 - piece / kPiecesHalf;
+}
+
 // Barriers between warps of this CTA, as CUTLASS numbers them: behind its own eight, of sixteen.
 enum BarrierId : uint32_t {
   kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits

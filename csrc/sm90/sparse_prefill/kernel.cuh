@@ -91,8 +91,10 @@ struct Consumer {
     int base = 0;
     forget(base);
     const HalfSlot halves[2] = {owners_half(j), others_half(j)};
-    scores_mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
-    scores_mma_rs.accumulate_ = cute::GMMA::ScaleOut::One;
+    // The first piece, which is in registers, begins the sum.
+    static_assert(in_registers(0) && in_registers(kPiecesHalf));
+    scores_mma_rs.accumulate_ = cute::GMMA::ScaleOut::Zero;
+    scores_mma.accumulate_ = cute::GMMA::ScaleOut::One;
     fence_fragment(s);
     CUTE_UNROLL
     for (int n = 0; n < kPieces; ++n) {  // in the order of their arrival
@@ -117,6 +119,7 @@ struct Consumer {
         for (int i = 0; i < 4; ++i) {
           cute::gemm(scores_mma_rs, q(cute::_, cute::_, register_piece(piece) * 4 + i),
                      k(cute::_, cute::_, i), s);
+          scores_mma_rs.accumulate_ = cute::GMMA::ScaleOut::One;
         }
       } else {
         const T* rows = shared.q + base + shared_piece(piece) * kPieceElements;  // [64 rows, 64]
