@@ -33,7 +33,7 @@ struct Args : Common {
   Cache cache;
   bool is_bf16;  // of q and out, and of a plain cache
   int topk;
-  int splits;  // of each list; merged by a cluster of them (merge.cuh), else by a second kernel
+  int splits;  // of each list; merged by CTAs that meet (merge.cuh), else by a second kernel
   const int* indices;  // [requests, topk]
   int64_t indices_stride;
   const int* topk_length;  // [requests / queries_a_length], or null
