@@ -8,11 +8,11 @@
 
 namespace flashmla::sm90::dense_decode {
 
-// o: this thread's part of O[64 rows, 256 columns of half kMine], not yet divided by the row sums.
+// o: this thread's part of O[64 rows, 256 columns of half `mine`], not yet divided by the row sums.
 // staging: 32 KB of this consumer alone, which `release` gives back; null where there was nothing
 // to attend to, and O is zero.
-template <class T, int kMine, class Output, class Release>
-__device__ __forceinline__ void store_result(const KernelParams& p, const WorkItem& item,
+template <class T, class Output, class Release>
+__device__ __forceinline__ void store_result(const KernelParams& p, const WorkItem& item, int mine,
                                              int thread, const Output& o, const RowPair& max,
                                              const RowPair& sum, void* staging,
                                              const Release& release) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const WorkIt
   if (whole) {
     const int s = (first + warp_row) / group, head = (first + warp_row) % group;
     const int64_t query = static_cast<int64_t>(item.request) * p.shape.s_q + s;
-    const int64_t at = (query * p.shape.h_q + blockIdx.y * group + head) * kDimV + kMine * kHalfV;
+    const int64_t at = (query * p.shape.h_q + blockIdx.y * group + head) * kDimV + mine * kHalfV;
     RowsOut rows;
     rows.first = reinterpret_cast<char*>(static_cast<T*>(p.out) + at);
     rows.row_bytes = kDimV * sizeof(T);
@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const WorkIt
   } else {
     // Written where they lie: through shared memory is no quicker, 64 KB there and back.
     if (staging != nullptr) release();
-    float* to = p.partials.out + (first_partial + row) * kDimV + kMine * kHalfV + thread % 4 * 2;
+    float* to = p.partials.out + (first_partial + row) * kDimV + mine * kHalfV + thread % 4 * 2;
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
       if (fits && first + row + 8 * h < p.shape.rows()) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const WorkIt
     }
   }
 
-  const bool writes_lse = kMine == 0 && thread % 4 == 0 && fits;
+  const bool writes_lse = mine == 0 && thread % 4 == 0 && fits;
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int r = first + row + 8 * h;

@@ -12,6 +12,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cute/arch/copy_sm90.hpp>
 
+#include "../../common/registers.cuh"
 #include "config.cuh"
 #include "epilogue.cuh"
 #include "merge.cuh"
@@ -45,14 +46,13 @@ struct Item {
   }
 };
 
-// One of the two consumer warpgroups. `kMine` is 0 or 1: the parity of the tiles whose scores it
-// computes, and the half of the output columns it owns.
-template <class T, int kMine>
+// One of the two consumer warpgroups. Both run the same instructions, so that the caches which
+// these come through hold them once.
+template <class T>
 struct Consumer {
-  static constexpr int kOther = kMine ^ 1;
-
   const KernelParams& p;
   SharedStorage<T>& shared;
+  const int mine;  // 0 or 1: the parity of the tiles whose scores it computes, and its half of V
   const int thread = threadIdx.x % 128;
   const int row = thread / 32 * 16 + thread % 32 / 4;  // and row + 8
   int tile_count = 0;
@@ -76,7 +76,8 @@ struct Consumer {
   __device__ __forceinline__ int rope_slot(int j) const { return (tile_count + j) & 1; }
   __device__ __forceinline__ T* p_tile(int j) const { return shared.rope[rope_slot(j)]; }
 
-  // Three pieces of q [64 rows, 576] as operands from registers. They come through the ring.
+  // Three pieces of q [64 rows, 576] as operands from registers, in the order in which they are
+  // needed. They come through the ring.
   template <class Queries>
   __device__ __forceinline__ void load_queries(Queries& q) {
     const HalfSlot at(half_count++);
@@ -86,7 +87,8 @@ struct Consumer {
     CUTE_UNROLL
     for (int i = 0; i < kRegisterPieces * kPieceCols / 16; ++i) {  // 16 columns
       const int chunk = (i % 4 * 2 + lane / 16) ^ (matrix_row % 8);
-      const T* from = shared.half[at.slot] + i / 4 * kPieceElements + matrix_row * kPieceCols;
+      const int nth = i / 4 < 2 ? i / 4 ^ mine : i / 4;
+      const T* from = shared.half[at.slot] + nth * kPieceElements + matrix_row * kPieceCols;
       auto* to = reinterpret_cast<uint32_t*>(&q(i * 8));
       cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(from + chunk * 8),
                                     to[0], to[1], to[2], to[3]);
@@ -96,7 +98,7 @@ struct Consumer {
     // them.
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::sync(kConsumerThreads, kBothConsumers);
-    if (kMine == 0) release(&shared.half_empty[at.slot]);
+    if (mine == 0) release(&shared.half_empty[at.slot]);
   }
 
   // S[64 rows, 64 tokens] = Q Kᵀ for tile j but for RoPE, left running. 32 wgmma, four for each
@@ -113,20 +115,22 @@ struct Consumer {
     fence_fragment(s);
     CUTE_UNROLL
     for (int n = 0; n < kRopePiece; ++n) {  // in the order of their arrival
-      const int piece = n ^ (kMine * kPiecesHalf);
       const HalfSlot& at = halves[n / kPiecesHalf];
       Barrier::wait(&shared.half_full[at.slot][n % kPiecesHalf], at.parity);
       const T* from = shared.half[at.slot] + n % kPiecesHalf * kPieceElements;
       cute::warpgroup_arrive();
       auto k = thread_mma.partition_fragment_B(tile(from));  // [64 tokens, 64]
-      if (in_registers(piece)) {
+      if (in_registers(n)) {
         CUTE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          cute::gemm(scores_mma_rs, q(cute::_, cute::_, register_piece(piece) * 4 + i),
+          cute::gemm(scores_mma_rs, q(cute::_, cute::_, register_piece(n) * 4 + i),
                      k(cute::_, cute::_, i), s);
         }
       } else {
-        const T* rows = shared.q + shared_piece(piece) * kPieceElements;  // [64 rows, 64]
+        // [64 rows, 64]; piece n of the own half's eight, counted from its first on
+        constexpr int kSharedHalf = shared_piece(kPiecesHalf);
+        const int half = n / kPiecesHalf ^ mine;
+        const T* rows = shared.q + (half * kSharedHalf + n % kPiecesHalf) * kPieceElements;
         gemm_k_loop(scores_mma, thread_mma.partition_fragment_A(tile(rows)), k, s);
       }
     }
@@ -160,7 +164,7 @@ struct Consumer {
       line[chunk] = make_uint4(0, 0, 0, 0);
     }
     cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::arrive_and_wait(128, kTailZero0 + kMine);
+    cutlass::arch::NamedBarrier::arrive_and_wait(128, kTailZero0 + mine);
   }
 
   // P_j to where RoPE was, for the other consumer's product, in the 128-byte swizzle.
@@ -254,7 +258,7 @@ struct Consumer {
     }
     cute::warpgroup_wait<0>();
     fence_fragment(s);
-    cutlass::arch::NamedBarrier::sync(128, kScored0 + kMine);  // P goes where RoPE is
+    cutlass::arch::NamedBarrier::sync(128, kScored0 + mine);  // P goes where RoPE is
     if (j + 2 >= it.tiles) release(&shared.q_empty);
 
     if (it.needs_mask(j)) OnlineSoftmax::mask(s, it.first_token(j), it.limit);
@@ -296,9 +300,9 @@ struct Consumer {
     // region: consumer_loop
     // Consumer 0 opens with tile 0; then each takes the other's tile and its own, in turn.
     if (n > 0) load_queries(q);
-    if (n <= kMine) release(&shared.q_empty);
-    if (kMine == 0 && n > 0) own_tile<true>(it, 0, softmax, o, s, pr, q);
-    int j = kMine == 0 ? 2 : 1;
+    if (n <= mine) release(&shared.q_empty);
+    if (mine == 0 && n > 0) own_tile<true>(it, 0, softmax, o, s, pr, q);
+    int j = 2 - mine;
     for (; j < n; j += 2) own_tile<false>(it, j, softmax, o, s, pr, q);
     if (j == n) {  // the last tile was the other's
       start_other_tile(it, n - 1, softmax, o);
@@ -308,34 +312,34 @@ struct Consumer {
     }
     // endregion: consumer_loop
 
-    const RowPair mine = softmax.reduced_sum();
+    const RowPair own_sum = softmax.reduced_sum();
     if (thread % 4 == 0) {
-      for (int h = 0; h < 2; ++h) shared.row_sum[parity][kMine][row + 8 * h] = mine.v[h];
+      for (int h = 0; h < 2; ++h) shared.row_sum[parity][mine][row + 8 * h] = own_sum.v[h];
     }
     cutlass::arch::NamedBarrier::sync(kConsumerThreads, kBothConsumers);
     RowPair total;
     for (int h = 0; h < 2; ++h) {
-      total.v[h] = mine.v[h] + shared.row_sum[parity][kOther][row + 8 * h];
+      total.v[h] = own_sum.v[h] + shared.row_sum[parity][mine ^ 1][row + 8 * h];
     }
     // No warp reads the half that came last any more: it serves to put O in order.
-    const int last = ((n - 1) & 1) == kMine ? owners_half(n - 1).slot : others_half(n - 1).slot;
+    const int last = ((n - 1) & 1) == mine ? owners_half(n - 1).slot : others_half(n - 1).slot;
     // `thread`, though only the item says so: else the compiler works out every address of the end
     // ahead of the tiles, and has no registers to keep them in.
     const int here = thread + min(n, 0);
-    store_result<T, kMine>(p, work, here, o, softmax.max, total,
-                           n > 0 ? shared.half[last] : nullptr, [&] {
-                             cutlass::arch::fence_view_async_shared();  // TMA writes there next
-                             __syncwarp();
-                             release(&shared.half_empty[last]);
-                           });
+    store_result<T>(p, work, mine, here, o, softmax.max, total, n > 0 ? shared.half[last] : nullptr,
+                    [&] {
+                      cutlass::arch::fence_view_async_shared();  // TMA writes there next
+                      __syncwarp();
+                      release(&shared.half_empty[last]);
+                    });
     tile_count += n;
     half_count += 2 * n;
   }
 };
 
-template <class T, int kMine>
-__device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared) {
-  Consumer<T, kMine> consumer{p, shared};
+template <class T>
+__device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared, int mine) {
+  Consumer<T> consumer{p, shared, mine};
   for (int i = 0;; ++i) {
     Barrier::wait(&shared.q_full, i & 1);
     __syncwarp();  // no lane is still at the item before when another lets go of this one
@@ -374,16 +378,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
 
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
     if (threadIdx.x == 0) produce<T>(p, shared, q_map, k_map);
-  } else if (warpgroup == 1) {
-    cutlass::arch::warpgroup_reg_alloc<240>();
-    consume<T, 0>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
-    consume<T, 1>(p, shared);
+    consume<T>(p, shared, warpgroup - 1);
   }
 }
 

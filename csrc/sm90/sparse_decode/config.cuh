@@ -100,7 +100,6 @@ struct KernelParams {
   int items;  // queries * splits * row_tiles; a CTA takes every gridDim.x-th
   int row_tiles;
   int splits;
-  bool merges;  // the splits of a list are a cluster, and merge what they found
   int s_q;
   int h_q;
   int topk;

@@ -41,14 +41,15 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
   }
 }
 
-// o: this thread's part of O[64 rows, 256 columns of half kMine], not yet divided by the row sums.
+// o: this thread's part of O[64 rows, 256 columns of half `mine`], not yet divided by the row sums.
 // Element 4 n + 2 h + e is of row + 8 h and, in shared memory's order of columns, of piece n / 8,
 // chunk n % 8, element thread % 4 * 2 + e.
-template <class T, int kMine, class Item, class Output>
-__device__ __forceinline__ void store_result(const KernelParams& p, const Item& item, int row,
-                                             Output& o, const RowPair& max, const RowPair& sum) {
+template <class T, class Item, class Output>
+__device__ __forceinline__ void store_result(const KernelParams& p, const Item& item, int mine,
+                                             int row, Output& o, const RowPair& max,
+                                             const RowPair& sum) {
   const int quad = threadIdx.x % 4;
-  const bool writes_lse = kMine == 0 && quad == 0;
+  const bool writes_lse = mine == 0 && quad == 0;
   constexpr bool kPaged = std::is_same_v<Item, PagedItem>;
   if constexpr (kPaged) {
     if (!item.is_whole && (item.slot < 0 || item.slot >= p.pages.slots)) return;
@@ -79,7 +80,7 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
   if (item.whole(p)) {
     // region: store_rows
     cutlass::NumericArrayConverter<T, float, 2> convert;
-    T* out = static_cast<T*>(p.out) + item.base_row(p) * kDimV + kMine * kHalfV + quad * 8;
+    T* out = static_cast<T*>(p.out) + item.base_row(p) * kDimV + mine * kHalfV + quad * 8;
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int r = item.row(row + 8 * h);
@@ -106,7 +107,7 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
     for (int h = 0; h < 2; ++h) {
       if (!item.exists(p, row + 8 * h)) continue;
       const int64_t at = static_cast<int64_t>(item.slot) * p.pages.rows + item.row(row + 8 * h);
-      float* to = p.out_partial + at * kDimV + kMine * kHalfV + quad * 2;
+      float* to = p.out_partial + at * kDimV + mine * kHalfV + quad * 2;
       CUTE_UNROLL
       for (int n = 0; n < cute::size(o) / 4; ++n) {  // columns in their own order again
         const int column = n / 16 * 128 + n % 8 * 16 + n / 8 % 2 * 8;
@@ -116,7 +117,7 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
     }
   } else if (item.first_head + row / 16 * 16 < p.h_q) {  // else none of this warp's rows exists
     const int warp = threadIdx.x / 32 % 4;
-    const int64_t at = (static_cast<int64_t>(item.number) * 2 + kMine) * 4 + warp;
+    const int64_t at = (static_cast<int64_t>(item.number) * 2 + mine) * 4 + warp;
     auto* to = reinterpret_cast<float4*>(p.out_partial) + at * 1024 + threadIdx.x % 32;
     CUTE_UNROLL
     for (int n = 0; n < cute::size(o) / 4; ++n) {

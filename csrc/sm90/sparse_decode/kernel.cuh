@@ -16,6 +16,7 @@
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90.hpp>
 
+#include "../../common/registers.cuh"
 #include "../dense_decode/softmax.cuh"
 #include "dequant.cuh"
 #include "epilogue.cuh"
@@ -41,14 +42,13 @@ struct Tiles {
                                  Major::K, Major::MN>()));
 };
 
-// One of the two consumer warpgroups. `kMine` is 0 or 1: the parity of the tiles whose scores it
-// computes, and the half of the output columns it owns.
-template <class T, class Source, int kMine, bool kPair>
+// One of the two consumer warpgroups. Both run the same instructions, so that the caches which
+// these come through hold them once.
+template <class T, class Source, bool kPair>
 struct Consumer {
-  static constexpr int kOther = kMine ^ 1;
-
   const KernelParams& p;
   SharedStorage<T>& shared;
+  const int mine;  // 0 or 1: the parity of the tiles whose scores it computes, and its half of V
   const int thread = threadIdx.x % 128;
   const int row = thread / 32 * 16 + thread % 32 / 4;  // and row + 8
   int tile_count = 0;
@@ -75,7 +75,7 @@ struct Consumer {
     fence_fragment(s);
     CUTE_UNROLL
     for (int g = 0; g < 3; ++g) {
-      const int half = g == 0 ? kMine : kOther;
+      const int half = g ^ mine;
       if (g < 2) {
         Barrier::wait(&shared.kv_full[stage(j)][half], phase(j));
       } else {
@@ -118,20 +118,20 @@ struct Consumer {
     if (lane % 4 == 0) {
       CUTE_UNROLL
       for (int h = 0; h < 2; ++h) {
-        shared.row_max[kMine][row + 8 * h] = max.v[h];
-        shared.row_alpha[kMine][row + 8 * h] = alpha.v[h];
+        shared.row_max[mine][row + 8 * h] = max.v[h];
+        shared.row_alpha[mine][row + 8 * h] = alpha.v[h];
       }
     }
     cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::arrive(kConsumerThreads, kProbabilitiesEven + kMine);
-    cutlass::arch::NamedBarrier::sync(kConsumerThreads / 2, kOwn + kMine);
+    cutlass::arch::NamedBarrier::arrive(kConsumerThreads, kProbabilitiesEven + mine);
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads / 2, kOwn + mine);
   }
 
   // O += P_j V_j, left running.
   template <class Output>
   __device__ __forceinline__ void start_output(int j, Output& o) {
     auto v = cute::make_tensor(
-        cute::make_smem_ptr(shared.kv[stage(j)] + kMine * kPiecesHalf * kPieceElements),
+        cute::make_smem_ptr(shared.kv[stage(j)] + mine * kPiecesHalf * kPieceElements),
         typename Tiles<T>::ValueHalf{});  // [256 columns, 64 tokens]
     auto pr = cute::make_tensor(cute::make_smem_ptr(shared.rope[rope_stage(j)]),
                                 typename Tiles<T>::Piece{});  // [64 rows, 64 tokens]
@@ -145,7 +145,7 @@ struct Consumer {
 
   // This consumer is through with tile j.
   __device__ __forceinline__ void release_tile(int j) {
-    uint64_t* empty = &shared.kv_empty[stage(j)][kMine];
+    uint64_t* empty = &shared.kv_empty[stage(j)][mine];
     release(empty);
     if (kPair && thread % 32 == 0) Barrier::arrive(empty, blockIdx.x % 2 ^ 1, 1);
     release(&shared.rope_empty[rope_stage(j)]);
@@ -155,16 +155,16 @@ struct Consumer {
   // running.
   template <class Output>
   __device__ __forceinline__ void start_other_tile(int j, OnlineSoftmax& softmax, Output& o) {
-    cutlass::arch::NamedBarrier::sync(kConsumerThreads, kProbabilitiesEven + kOther);
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads, kProbabilitiesEven + (mine ^ 1));
     RowPair max, alpha;
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      max.v[h] = shared.row_max[kOther][row + 8 * h];
-      alpha.v[h] = shared.row_alpha[kOther][row + 8 * h];
+      max.v[h] = shared.row_max[mine ^ 1][row + 8 * h];
+      alpha.v[h] = shared.row_alpha[mine ^ 1][row + 8 * h];
     }
     softmax.follow(max, alpha);
     if (any_rescale(alpha)) rescale(o, alpha);
-    Barrier::wait(&shared.kv_full[stage(j)][kMine], phase(j));
+    Barrier::wait(&shared.kv_full[stage(j)][mine], phase(j));
     start_output(j, o);
   }
 
@@ -183,7 +183,7 @@ struct Consumer {
     cute::warpgroup_wait<0>();
     fence_fragment(s);
     fence_fragment(o);
-    cutlass::arch::NamedBarrier::sync(kConsumerThreads / 2, kOwn + kMine);  // P goes where RoPE is
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads / 2, kOwn + mine);  // P goes where RoPE is
     mask.apply(j, shared.valid[rope_stage(j)], s);
     if (j + 2 >= tiles) release(&shared.q_empty);
 
@@ -209,14 +209,14 @@ struct Consumer {
 
     // region: consumer_loop
     // Consumer 0 opens with tile 0; then each takes the other's tile and its own, in turn.
-    if (n <= kMine && n > 0) release(&shared.q_empty);
+    if (n <= mine && n > 0) release(&shared.q_empty);
 
-    if (kMine == 0 && n > 0) {
+    if (mine == 0 && n > 0) {
       // Q arrives with the RoPE part of the first tile.
       Barrier::wait(&shared.rope_full[rope_stage(0)], rope_phase(0));
       own_tile<true>(n, 0, mask, softmax, o, s);
     }
-    int j = kMine == 0 ? 2 : 1;
+    int j = 2 - mine;
     for (; j < n; j += 2) own_tile<false>(n, j, mask, softmax, o, s);
     if (j == n) {  // the last tile was the other's
       start_other_tile(n - 1, softmax, o);
@@ -226,16 +226,16 @@ struct Consumer {
     }
     // endregion: consumer_loop
 
-    const RowPair mine = softmax.reduced_sum();
+    const RowPair own_sum = softmax.reduced_sum();
     if (thread % 4 == 0) {
-      for (int h = 0; h < 2; ++h) shared.row_sum[sums_parity][kMine][row + 8 * h] = mine.v[h];
+      for (int h = 0; h < 2; ++h) shared.row_sum[sums_parity][mine][row + 8 * h] = own_sum.v[h];
     }
     cutlass::arch::NamedBarrier::sync(kConsumerThreads, kRowSums);
     RowPair total;
     for (int h = 0; h < 2; ++h) {
-      total.v[h] = mine.v[h] + shared.row_sum[sums_parity][kOther][row + 8 * h];
+      total.v[h] = own_sum.v[h] + shared.row_sum[sums_parity][mine ^ 1][row + 8 * h];
     }
-    store_result<T, kMine>(p, work, row, o, softmax.max, total);
+    store_result<T>(p, work, mine, row, o, softmax.max, total);
     sums_parity ^= 1;
     tile_count += n;
   }
@@ -247,10 +247,10 @@ __device__ __forceinline__ void meet() {
   cute::cluster_wait();
 }
 
-template <class T, class Source, int kMine, bool kPair>
+template <class T, class Source, bool kPair>
 __device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared,
-                                        unsigned* meeting) {
-  Consumer<T, Source, kMine, kPair> consumer{p, shared};
+                                        unsigned* meeting, int mine) {
+  Consumer<T, Source, kPair> consumer{p, shared, mine};
   if constexpr (Source::kPaged) {
     PagedWorkList list(p);
     for (PagedItem work; list.next(work);) consumer.run_item(work);
@@ -293,16 +293,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
 
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup < 2) {
     cutlass::arch::warpgroup_reg_dealloc<kRegistersProducer>();
     Producer<T, Source>{p, shared}.run();
-  } else if (warpgroup == 2) {
-    cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
-    consume<T, Source, 0, kPair>(p, shared, meeting);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
-    consume<T, Source, 1, kPair>(p, shared, meeting);
+    consume<T, Source, kPair>(p, shared, meeting, warpgroup - 2);
   }
 }
 
