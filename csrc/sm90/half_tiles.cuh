@@ -17,21 +17,12 @@ constexpr int kPieces = kDimQk / kPieceCols;
 constexpr int kPiecesHalf = kHalfV / kPieceCols;
 constexpr int kPieceElements = kTokens * kPieceCols;
 constexpr int kRopePiece = kPieces - 1;
-constexpr int kSlots = 5;           // for halves of tiles: two and a half tiles are in flight
-constexpr int kRegisterPieces = 3;  // of Q, with the consumers; the others are in shared memory
-constexpr int kThreads = 384;       // one producer warpgroup, two consumer warpgroups
+constexpr int kSlots = 5;  // for halves of tiles: two and a half tiles are in flight
+// Of Q, with the consumers: one of each half, each kernel's choice, and RoPE. The others are in
+// shared memory.
+constexpr int kRegisterPieces = 3;
+constexpr int kThreads = 384;  // one producer warpgroup, two consumer warpgroups
 constexpr int kConsumerThreads = 256;
-
-// Which pieces of Q stay in registers: one of each half, and RoPE.
-__host__ __device__ constexpr bool in_registers(int piece) {
-  return piece == 3 || piece >= 7;
-}
-__host__ __device__ constexpr int register_piece(int piece) {
-  return piece == 3 ? 0 : piece - 6;
-}
-__host__ __device__ constexpr int shared_piece(int piece) {
-  return piece < 3 ? piece : piece - 1;
-}
 
 // Where the n-th half of all halves lies, and the parity of that round of the ring.
 struct HalfSlot {

@@ -93,21 +93,26 @@ def prefill(case: Case, device: torch.device, seed: int = 0) -> Prefill:
 
 def _own(problem: Prefill) -> Side:
     """This package's forward pass."""
-    cu_seqlens, longest = problem.cu_seqlens, problem.longest
 
     def forward(copy: int) -> Any:
-        return flashmla.flash_attn_varlen_func(
-            problem.q,
-            problem.k,
-            problem.v,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            causal=problem.case.causal,
-        )
+        return _varlen(flashmla, problem)
 
     return forward
+
+
+def _varlen(module: ModuleType, problem: Prefill) -> Any:
+    """The call that this package and FlashAttention-3 have under one name."""
+    cu_seqlens, longest = problem.cu_seqlens, problem.longest
+    return module.flash_attn_varlen_func(
+        problem.q,
+        problem.k,
+        problem.v,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        causal=problem.case.causal,
+    )
 
 
 def peers(device: torch.device, op: str) -> dict[str, Callable[[Any], Side]]:
@@ -164,23 +169,12 @@ def _flash_attention_3(problem: Prefill) -> Side:
     """Sequences of one length as a batch, which it is faster at than at ``cu_seqlens``."""
     peer = _flash_attention_3_module()
     assert peer is not None
-    causal = problem.case.causal
-    cu_seqlens, longest = problem.cu_seqlens, problem.longest
 
     def call(copy: int) -> Any:
         if not problem.case.spread:
-            out = peer.flash_attn_func(*_batches(problem), causal=causal)
+            out = peer.flash_attn_func(*_batches(problem), causal=problem.case.causal)
             return ((out[0] if isinstance(out, tuple) else out).flatten(0, 1),)
-        out = peer.flash_attn_varlen_func(
-            problem.q,
-            problem.k,
-            problem.v,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            causal=causal,
-        )
+        out = _varlen(peer, problem)
         return out if isinstance(out, tuple) else (out,)
 
     return call

@@ -16,6 +16,17 @@ using namespace half_tiles;
 constexpr int kRows = kRowsACta;  // query rows (s, h) a CTA: one wgmma tile
 static_assert(kTokens == kTileTokens, "the plan's tile is the kernel's tile");
 
+// Which pieces of Q stay in registers: the last of each half, and RoPE.
+__host__ __device__ constexpr bool in_registers(int piece) {
+  return piece == 3 || piece >= 7;
+}
+__host__ __device__ constexpr int register_piece(int piece) {
+  return piece == 3 ? 0 : piece - 6;
+}
+__host__ __device__ constexpr int shared_piece(int piece) {
+  return piece < 3 ? piece : piece - 1;
+}
+
 // Barriers between warps of this CTA, as CUTLASS numbers them: behind its own eight, of sixteen.
 enum BarrierId : uint32_t {
   kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits

@@ -38,8 +38,8 @@ struct WorkItem {
   __device__ __forceinline__ int query_of(const KernelParams&, int) const { return query; }
 };
 
-// Splits of one list come first, so that they make a cluster; then the row tiles of one query,
-// which run side by side and read the same tokens, once from memory and once from L2.
+// Splits of one list come first: those are the CTAs that meet (merge.cuh). Then the row tiles of
+// one query, which run side by side and read the same tokens, once from memory and once from L2.
 __device__ __forceinline__ WorkItem work_item(const KernelParams& p, int number) {
   WorkItem w;
   w.number = number;

@@ -22,9 +22,9 @@ constexpr int kRegistersProducer = 24;
 constexpr int kRegistersConsumer = 240;
 static_assert(kRegistersProducer + 2 * kRegistersConsumer <= 504, "3 x 168 at the start");
 
-// Which pieces of Q stay in registers, where dense decode keeps others: the first of each half, and
-// RoPE. A wgmma with an operand in registers holds its warps until the tensor cores come to it, so
-// it should not be what a wait for the next pieces comes behind.
+// Which pieces of Q stay in registers: the first of each half, and RoPE, where dense decode keeps
+// the last. A wgmma with an operand in registers holds its warps until the tensor cores come to it,
+// so it should not be what a wait for the next pieces comes behind.
 __host__ __device__ constexpr bool in_registers(int piece) {
   return piece % kPiecesHalf == 0;
 }
