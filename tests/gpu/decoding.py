@@ -1,6 +1,8 @@
-"""Dense decode of a case on a card, through the public operations."""
+"""What tests of decoding on a card share: dense decode of a case, and calls at the same time."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from cases import DecodeCase, DecodeInputs
@@ -8,6 +10,7 @@ from cases import DecodeCase, DecodeInputs
 import flashmla
 from flashmla import backend
 from flashmla.cuda.mla import PAGE_SIZES
+from flashmla.lab.check import assert_identical
 
 DEVICE = "cuda"
 
@@ -49,3 +52,29 @@ def poison_free_memory() -> None:
     """Fills what the allocator will hand out next with NaN: an unwritten output is then seen."""
     torch.full((1 << 28,), float("nan"), device=DEVICE)
     torch.cuda.synchronize()
+
+
+def assert_at_once_as_alone(*calls: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Each of the calls gives (out, lse) bit for bit as alone when all run at the same time, each
+    on its stream, ten in a row, again and again: the last eagerly, the others in graphs."""
+    want = [call() for call in calls]
+    torch.cuda.synchronize()
+    graphs, results = [], []
+    for call in calls[:-1]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append([call() for _ in range(10)])
+        graphs.append(graph)
+    *streams, last = (torch.cuda.Stream() for _ in calls)
+    eager = []
+    for _ in range(5):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(last):
+            eager += [calls[-1]() for _ in range(10)]
+    torch.cuda.synchronize()
+    for got, (want_out, want_lse) in zip([*results, eager], want, strict=True):
+        for out, lse in got:
+            assert_identical("out", out, want_out)
+            assert_identical("lse", lse, want_lse)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 import torch
 from cases import KV_STD, Q_STD, WILD, DecodeCase, DecodeInputs, to_numpy
-from decoding import DEVICE, decode, plan_for, poison_free_memory, tier_of
+from decoding import (
+    DEVICE,
+    assert_at_once_as_alone,
+    decode,
+    plan_for,
+    poison_free_memory,
+    tier_of,
+)
 
 import flashmla
 from flashmla import backend, schedule
@@ -81,28 +89,9 @@ def test_two_graphs_and_eager_calls_at_the_same_time() -> None:
         )
         for i in range(3)
     ]
-    plans = [plan_for(inputs) for inputs in problems]
-    want = [decode(inputs, plan) for inputs, plan in zip(problems, plans, strict=True)]
-    torch.cuda.synchronize()
-    graphs, results = [], []
-    for inputs, plan in list(zip(problems, plans, strict=True))[:2]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results.append([decode(inputs, plan) for _ in range(10)])
-        graphs.append(graph)
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    eager = []
-    for _ in range(5):
-        for graph, stream in zip(graphs, streams, strict=False):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        with torch.cuda.stream(streams[2]):
-            eager += [decode(problems[2], plans[2]) for _ in range(10)]
-    torch.cuda.synchronize()
-    for got, (want_out, want_lse) in zip([*results, eager], want, strict=True):
-        for out, lse in got:
-            assert_identical("out", out, want_out)
-            assert_identical("lse", lse, want_lse)
+    assert_at_once_as_alone(
+        *(functools.partial(decode, inputs, plan_for(inputs)) for inputs in problems)
+    )
 
 
 # ---- size --------------------------------------------------------------------------------------

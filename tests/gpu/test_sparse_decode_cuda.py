@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import SPARSE_DECODE_CASES, SparseDecodeCase, SparseDecodeInputs, case_id, to_numpy
+from decoding import assert_at_once_as_alone
 
 import flashmla
 from flashmla import backend
@@ -261,27 +263,7 @@ def test_split_lists_of_several_calls_at_once() -> None:
         Case(f"at_once_{i}", *size, 2048, 64, seed=70 + i).build(DEVICE)
         for i, size in enumerate(sizes)
     ]
-    want = [decode(x) for x in problems]
-    torch.cuda.synchronize()
-    graphs, results = [], []
-    for x in problems[:2]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results.append([decode(x) for _ in range(10)])
-        graphs.append(graph)
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    eager = []
-    for _ in range(5):
-        for graph, stream in zip(graphs, streams, strict=False):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        with torch.cuda.stream(streams[2]):
-            eager += [decode(problems[2]) for _ in range(10)]
-    torch.cuda.synchronize()
-    for got, (want_out, want_lse) in zip([*results, eager], want, strict=True):
-        for out, lse in got:
-            assert_identical("out", out, want_out)
-            assert_identical("lse", lse, want_lse)
+    assert_at_once_as_alone(*(functools.partial(decode, x) for x in problems))
 
 
 def test_a_query_that_is_a_strided_view() -> None:
