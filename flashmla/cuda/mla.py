@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from flashmla.cuda.library import load
+from flashmla.cuda.results import HEAD_DIM_V, empty_results
 from flashmla.schedule import CHUNK
 
 __all__ = ["PAGE_SIZES", "dense_decode", "quick_dense_decode"]
 
-HEAD_DIM_V = 512
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-125, 2.0**125
 ALIGNMENT = 8
@@ -39,8 +39,7 @@ def dense_decode(
     [blocks, page, h_kv, d_qk], both bfloat16 or float16."""
     kernel = load().dense_decode
     b, s_q, h_q, _ = q.shape
-    out = q.new_empty(b, s_q, h_q, HEAD_DIM_V)
-    lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    out, lse = empty_results(q, b, s_q, h_q)
     arguments = (
         k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink,
         out, lse, CHUNK, softmax_scale, causal,
@@ -80,9 +79,7 @@ def quick_dense_decode() -> Callable[..., tuple[Tensor, Tensor] | None]:
         if not SMALLEST_SCALE <= softmax_scale <= LARGEST_SCALE:
             return None
         b, s_q, h_q, _ = q.shape
-        # As methods and with sizes one by one, which is how torch is quickest.
-        out = q.new_empty(b, s_q, h_q, HEAD_DIM_V)
-        lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+        out, lse = empty_results(q, b, s_q, h_q)
         try:
             launched = kernel(
                 q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits,

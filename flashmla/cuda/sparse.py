@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flashmla.cuda.library import load
-from flashmla.cuda.mla import HEAD_DIM_V, LARGEST_SCALE, SMALLEST_SCALE
+from flashmla.cuda.mla import LARGEST_SCALE, SMALLEST_SCALE
+from flashmla.cuda.results import HEAD_DIM_V, empty_results
 from flashmla.schedule import CHUNK, TILE
 
 __all__ = [
@@ -67,8 +68,7 @@ def sparse_decode(
     [blocks, page, 1, 656 bytes or 576 numbers of q's dtype] and indices [b, s_q, topk]."""
     kernel = load().sparse_decode
     b, s_q, h_q, _ = q.shape
-    out = q.new_empty(b, s_q, h_q, head_dim_v)
-    lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    out, lse = empty_results(q, b, s_q, h_q)
     splits = splits_for(b * s_q, h_q, indices.shape[2], _sms(q.device), is_fp8_kvcache)
     optional = topk_length, attn_sink, None, None, None, None
     results = out, lse, is_fp8_kvcache, splits, softmax_scale
@@ -118,8 +118,7 @@ def quick_sparse_decode() -> Callable[..., tuple[Tensor, Tensor] | None]:
         b, s_q, h_q, _ = q.shape
         if b * s_q * h_q == 0:
             return None
-        out = q.new_empty(b, s_q, h_q, HEAD_DIM_V)
-        lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+        out, lse = empty_results(q, b, s_q, h_q)
         splits = splits_for(b * s_q, h_q, indices.shape[2], _sms(q.device), is_fp8_kvcache)
         try:
             launched = kernel(
@@ -147,8 +146,7 @@ def dense_decode_fp8(
     """(out [b, s_q, h_q, 512], lse [b, h_q, s_q] float32) from q [b, s_q, h_q, 576] in bfloat16 and
     an FP8 cache [blocks, page, 1, 656]."""
     b, s_q, h_q, d_qk = q.shape
-    out = q.new_empty(b, s_q, h_q, head_dim_v)
-    lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    out, lse = empty_results(q, b, s_q, h_q)
     rows = q.reshape(b, s_q * h_q, d_qk)
     load().dense_decode_fp8(
         rows if _readable(rows) else rows.clone(memory_format=torch.contiguous_format),

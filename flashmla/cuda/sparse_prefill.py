@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flashmla.cuda.library import load
-from flashmla.cuda.mla import HEAD_DIM_V, LARGEST_SCALE, SMALLEST_SCALE
+from flashmla.cuda.mla import LARGEST_SCALE, SMALLEST_SCALE
+from flashmla.cuda.results import HEAD_DIM_V
 
 __all__ = ["sparse_prefill", "supports_sparse_prefill"]
 

@@ -15,6 +15,7 @@ from test_ops_mla import BAD_DENSE, BAD_METADATA, BAD_SPARSE, arguments, sparse_
 
 import flashmla
 from flashmla import backend
+from flashmla.cuda import results
 from flashmla.lab.check import assert_identical, assert_lse_close, assert_out_close
 from flashmla.ops import dsa, mla, split_kv
 
@@ -187,6 +188,34 @@ def test_memory_for_partial_results_goes_back() -> None:
     del out, lse
     rounded = 512 * 128 * 2 + 512  # allocations are multiples of 512 bytes
     assert torch.cuda.memory_allocated() == before - rounded
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"_quick_empty": None}, {"_quick_empty": refuse, "current_device": lambda: -1}],
+    ids=["no such function", "another device"],
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_results_are_the_tensors_that_torch_would_make(
+    changes, inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way to memory is taken: the quickest, or new_empty where that one is closed."""
+    assert results._quick_empty is not None, "this torch has lost it, and calls take longer"
+    given = good()
+    with torch.inference_mode(inference):
+        quick = call(given)
+        for name, value in changes.items():
+            monkeypatch.setattr(results, name, value)
+        plain = call(given)
+        made = given["q"].new_empty(*quick[0].shape)
+    for name, x, y in zip(("out", "lse"), quick, plain, strict=True):
+        assert_identical(name, x, y)
+        for z in (x, y):
+            assert z.is_inference() is inference and not z.requires_grad and z.is_contiguous()
+            assert z.device == given["q"].device and z.stride() == y.stride()
+            assert z.untyped_storage().nbytes() == z.numel() * z.element_size()
+    assert quick[0].dtype == made.dtype and quick[0].stride() == made.stride()
+    assert quick[1].dtype == torch.float32
 
 
 SPARSE = SparseDecodeCase("quick", 2, 2, 40, 300, 20, sink=True, invalid=0.0, seed=90)
