@@ -3,6 +3,7 @@ carries a built library is one for this platform (though for every Python)."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+log = logging.getLogger(__name__)
 PREBUILT = ROOT / "flashmla" / "cuda" / "prebuilt"  # `flashmla build --prebuilt` fills it
 
 
@@ -27,6 +29,14 @@ class BuildWithSources(build_py):
 
 class PlatformWheel(bdist_wheel):
     """A library bound through DLPack has no Python ABI in it, so only the platform is named."""
+
+    def run(self) -> None:
+        super().run()
+        if self.root_is_pure:
+            log.warning(
+                "flashmla: this wheel holds no library and compiles at first use; for one that "
+                "does, python -m flashmla build --prebuilt in the checkout comes first"
+            )
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()

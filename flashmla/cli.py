@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser("build", help="compile the CUDA kernels for sm_90a")
     build.add_argument("-v", "--verbose", action="store_true", help="show the compiler's commands")
     build.add_argument(
-        "--prebuilt", action="store_true", help="also put the library where a wheel takes it from"
+        "--prebuilt",
+        action="store_true",
+        help="in a checkout: also put the library where a wheel takes it from",
     )
     build.set_defaults(run=_build)
 

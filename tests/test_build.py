@@ -121,6 +121,16 @@ def test_prebuilding_leaves_one_library_that_is_found(
     assert builder.library_path() == path
 
 
+def test_an_installed_package_prebuilds_nothing(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "_PACKAGE", project)  # csrc/ inside it, not beside
+    monkeypatch.setattr(builder, "_PREBUILT", project / "prebuilt")
+    with pytest.raises(builder.BuildError, match=r"python -m flashmla build --prebuilt in the"):
+        builder.prebuild()
+    assert not (project / "prebuilt").exists() and not compiled(project)
+
+
 def test_a_cache_that_cannot_be_written(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "file").write_text("")
     monkeypatch.setenv("FLASHMLA_CACHE_DIR", str(project / "file" / "cache"))

@@ -133,7 +133,9 @@ def build(tree: Path, kind: str) -> Path:
         [sys.executable, "-c", script], cwd=tree, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return tree / done.stdout.split()[-1]
+    made = tree / done.stdout.split()[-1]
+    assert ("holds no library" in done.stderr) == made.name.endswith("-any.whl")
+    return made
 
 
 def test_wheel_carries_every_kernel_source(wheel: Path):

@@ -159,7 +159,17 @@ def prebuilt_path() -> Path:
 
 
 def prebuild(verbose: bool = False) -> Path:
-    """Build, and put the library where a wheel takes it from, in place of any older one."""
+    """Build, and put the library where a wheel takes it from, in place of any older one.
+
+    Raises:
+        BuildError: as :func:`build`; or this package is an installed one, which no wheel is made
+            from: the next would be without the library, and say nothing.
+    """
+    if source_folder().parent == _PACKAGE:
+        raise BuildError(
+            f"--prebuilt is for a checkout, which wheels are made from, and {_PACKAGE} is "
+            "installed: run python -m flashmla build --prebuilt in the checkout's root"
+        )
     library = build(verbose)
     _PREBUILT.mkdir(exist_ok=True)
     for old in _PREBUILT.glob("*.so"):
