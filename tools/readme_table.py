@@ -61,15 +61,44 @@ def time_of(row: dict[str, Any]) -> float:
 def section(result: dict[str, Any]) -> list[str]:
     """A result file as README shows it: device, peers, table, and where the figures come from."""
     said = result["provenance"]
-    peers = sorted({r["impl"].removeprefix("peer:") for r in result["rows"]} - own(result))
-    beside = f", beside {', '.join(peers)}" if peers else ""
     facts = f"driver {said['driver']}, CUDA {said['cuda']}, torch {said['torch']}"
-    lines = [f"**{said['gpu']}**{beside}", "", *table(result), "", *ceilings(result)]
+    lines = [f"**{said['gpu']}**{beside(result)}", "", *table(result), ""]
+    lines += [*eager(result), *ceilings(result)]
     for mark, commit in zip(MARKS, earlier_runs(result)):
         lines += [f"{mark} Measured with commit {commit[:12]}.", ""]
     if any(row["us"] is None for row in result["rows"] if row["impl"] == OURS):
         lines += [f"{EAGER} Called one by one, all sides: no graph could be captured.", ""]
     return [*lines, f"{facts}, commit {said['commit'][:12]}, {said['date'][:10]}."]
+
+
+def beside(result: dict[str, Any]) -> str:
+    """The peers, each with the operations that it was measured at."""
+    ops: dict[str, dict[str, None]] = {}
+    for row in result["rows"]:
+        if row["impl"].startswith("peer:"):
+            ops.setdefault(row["impl"].removeprefix("peer:"), {})[row["op"]] = None
+    named = [f"{peer} ({', '.join(ops[peer])})" for peer in sorted(ops)]
+    return f", beside {', '.join(named)}" if named else ""
+
+
+def eager(result: dict[str, Any]) -> list[str]:
+    """What the shortest decodes take when each is called from Python."""
+    said = []
+    for op in ("dense_decode", "sparse_decode"):
+        rows = [row for row in result["rows"] if row["op"] == op and row["impl"] == OURS]
+        ours = min(rows, key=time_of, default=None)
+        if ours is None or ours["us"] is None or ours["eager_us"] is None:
+            continue
+        others = [
+            row["eager_us"]
+            for row in result["rows"]
+            if (row["op"], row["case"]) == (op, ours["case"])
+            and row["impl"].startswith("peer:")
+            and row["eager_us"] is not None
+        ]
+        peer = f", the peer {number(min(others))}" if others else ""
+        said.append(f"{op} {ours['case']} {number(ours['eager_us'])} µs{peer}")
+    return [f"Called from Python, without a graph: {'; '.join(said)}.", ""] if said else []
 
 
 def ceilings(result: dict[str, Any]) -> list[str]:
@@ -83,11 +112,6 @@ def ceilings(result: dict[str, Any]) -> list[str]:
         if name in known
     ]
     return [f"Ceilings: {', '.join(said)}.", ""] if said else []
-
-
-def own(result: dict[str, Any]) -> set[str]:
-    """The implementations of this package in a result file."""
-    return {row["impl"] for row in result["rows"] if not row["impl"].startswith("peer:")}
 
 
 def generated(folder: Path) -> str:
