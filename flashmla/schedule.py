@@ -10,7 +10,11 @@ split over several parts, whose partial results are merged by their log-sum-exp.
 Splitting has a price: partial results are written in float32 and read again. Where moving every
 cut to the nearest start of a request leaves the longest part not much longer than the equal share
 (SLACK places, or up to MOST_SLACK where a share is long), the plan does that instead, and no
-request is split. And parts with too little to do are not made at all: see :func:`active_parts`.
+request is split. Parts with too little to do are not made at all: see :func:`active_parts`. And
+where there are as many parts to every request, and the requests so nearly of one length that no
+part gets more than the equal share of the line, each is cut by its own length into so many pieces
+of LEAST tiles or more. Then each part opens one piece; on the line, where only a request's first
+piece has an overhead, that one would be the shortest.
 
 Tiles have 64 tokens whatever the page size of the cache.
 
@@ -34,6 +38,7 @@ __all__ = [
     "CPU_NUM_SMS",
     "FEW",
     "FULL",
+    "LEAST",
     "MAX_PARTS",
     "METADATA_COLUMNS",
     "MOST_SLACK",
@@ -64,6 +69,9 @@ FULL = 6
 
 FEW = 32
 """Parts that get work whether they are full or not."""
+
+LEAST = 4
+"""Tiles that every piece has at least where requests are cut alike."""
 
 CPU_NUM_SMS = 132
 """Streaming multiprocessors assumed for CPU tensors: an H100's, so that plans look the same."""
@@ -187,6 +195,7 @@ def plan(
     # Where each part begins, and where the last one ends: request and tile of parts + 1 cuts.
     part = np.arange(parts + 1, dtype=np.int64)
     position = np.where(part < active, part * total // active, total)
+    pieces = active // len(seqlens)  # of each request, where all are cut alike
     request = np.searchsorted(starts, position, side="right") - 1
     before, after = starts[request], starts[np.minimum(request + 1, len(seqlens))]
     if batch_invariant:
@@ -196,9 +205,19 @@ def plan(
     share = -(-total // active)
     slack = min(MOST_SLACK, max(SLACK, share // 2))
     whole = not batch_invariant and np.diff(nearest).max() <= share + slack
+    alike = (
+        not (whole or batch_invariant)
+        and active % len(seqlens) == 0
+        and tiles.min() >= LEAST * pieces
+        and -(-tiles.max() // pieces) <= share
+    )
     if whole or batch_invariant:
         position = nearest
-        request = np.searchsorted(starts, position, side="right") - 1
+    elif alike:
+        request, piece = np.divmod(part[:active], pieces)
+        inside = np.where(piece > 0, OVERHEAD + piece * tiles[request] // pieces, 0)
+        position[:active] = starts[request] + inside
+    request = np.searchsorted(starts, position, side="right") - 1
     tile = np.maximum(0, position - starts[request] - OVERHEAD)
     if batch_invariant:
         tile = (position - starts[request]) // (OVERHEAD + CHUNK) * CHUNK
@@ -208,6 +227,10 @@ def plan(
     if whole or batch_invariant:
         num_splits[1:] = np.cumsum(chunks)
         metadata[:, 4] = tile[:-1] // CHUNK
+        return metadata, num_splits
+    if alike:
+        num_splits[1:] = pieces * np.arange(1, len(seqlens) + 1)
+        metadata[:active, 4] = part[:active] % pieces
         return metadata, num_splits
 
     def last_part_at_or_before(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

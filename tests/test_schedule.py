@@ -23,9 +23,15 @@ LENGTHS = [
     [131072],
     [1] * 300,
     [5, 100000, 0, 63, 64, 65],
+    [9000, 8900, 9100],
 ]
 PARTS = [1, 2, 3, 7, 66, 132]
 
+
+ANY = st.lists(st.integers(0, 3000), min_size=1, max_size=40)
+NEARLY_ALIKE = st.tuples(  # those that may be cut alike
+    st.integers(0, 5000), st.lists(st.integers(0, 400), min_size=1, max_size=40)
+).map(lambda x: [x[0] + more for more in x[1]])
 
 BOTH_KINDS = pytest.mark.parametrize("batch_invariant", [False, True])
 
@@ -42,7 +48,7 @@ def test_closed_form_is_the_definition(seqlens, parts, batch_invariant):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(1, 140), st.booleans())
+@given(ANY | NEARLY_ALIKE, st.integers(1, 140), st.booleans())
 def test_closed_form_is_the_definition_for_any_lengths(seqlens, parts, batch_invariant):
     plans = (make(seqlens, parts, batch_invariant) for make in (schedule.plan, plan_slow))
     for fast, slow in zip(*plans, strict=True):
@@ -50,7 +56,11 @@ def test_closed_form_is_the_definition_for_any_lengths(seqlens, parts, batch_inv
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(-3, 9000), min_size=1, max_size=40), st.integers(1, 140), st.booleans())
+@given(
+    st.lists(st.integers(-3, 9000), min_size=1, max_size=40) | NEARLY_ALIKE,
+    st.integers(1, 140),
+    st.booleans(),
+)
 def test_torch_makes_the_same_plan(seqlens, parts, batch_invariant):
     made = get_metadata(torch.tensor(seqlens, dtype=torch.int32), parts, batch_invariant)
     for tensor, array in zip(made, schedule.plan(seqlens, parts, batch_invariant), strict=True):
@@ -59,7 +69,7 @@ def test_torch_makes_the_same_plan(seqlens, parts, batch_invariant):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 9000), min_size=1, max_size=40), st.integers(1, 140))
+@given(st.lists(st.integers(0, 9000), min_size=1, max_size=40) | NEARLY_ALIKE, st.integers(1, 140))
 def test_every_tile_is_done_once_and_by_about_equal_parts(seqlens, parts):
     metadata, num_splits = schedule.plan(seqlens, parts)
     tiles = [-(-length // schedule.TILE) for length in seqlens]
@@ -129,12 +139,47 @@ def test_empty_batch():
     assert not made[0].any() and made[1].tolist() == [0]
 
 
-def test_one_request_by_hand():
-    # 20 tiles and 5 of overhead over 4 parts: cuts at places 0, 6, 12 and 18 of 25.
+def test_cuts_of_equal_places_by_hand():
+    # 20 tiles and 1, each with 5 of overhead, over 5 parts: cuts at places 0, 6, 12, 18 and 24 of
+    # 31, the last of them one short of request 1.
+    metadata, num_splits = schedule.plan([1280, 1], 5)
+    rows = [[0, 0, 0, 1, 0], [0, 1, 0, 7, 1], [0, 7, 0, 13, 2], [0, 13, 0, 19, 3], [0, 19, 2, 0, 4]]
+    assert metadata[:, :5].tolist() == rows
+    assert num_splits.tolist() == [0, 5, 6]
+
+
+def test_one_request_is_cut_equally():
     metadata, num_splits = schedule.plan([1280], 4)
-    rows = [[0, 0, 0, 1, 0], [0, 1, 0, 7, 1], [0, 7, 0, 13, 2], [0, 13, 1, 0, 3]]
+    rows = [[0, 0, 0, 5, 0], [0, 5, 0, 10, 1], [0, 10, 0, 15, 2], [0, 15, 1, 0, 3]]
     assert metadata[:, :5].tolist() == rows
     assert num_splits.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("seqlens", "parts", "want"),
+    [
+        ([4096] * 8, 66, True),  # eight parts a request, of 8 tiles; 2 of the 66 stay idle
+        ([4096] * 16 + [4097] * 16, 66, True),  # 32 and 33 tiles; a share has 35 places
+        ([4096] * 15 + [4480], 66, True),  # a piece of 18 tiles; a share has 18 places
+        ([4096] * 15 + [4672], 66, False),  # of 19
+        ([4096] * 7 + [2048], 66, True),  # 32 tiles in eight pieces
+        ([4096] * 7 + [1984], 66, False),  # 31 tiles in as many: less than four each
+        ([4096], 66, False),  # 64 tiles in 32 pieces
+        ([4096] * 25, 66, False),  # 66 parts for 25 requests
+    ],
+)
+def test_requests_of_about_one_length_are_cut_alike(seqlens, parts, want):
+    metadata, num_splits = schedule.plan(seqlens, parts)
+    tiles = [-(-length // schedule.TILE) for length in seqlens]
+    active = schedule.active_parts(sum(tiles) + 5 * len(tiles), parts, len(tiles))
+    pieces, over = divmod(active, len(tiles))
+    equal = [(r, i * n // max(1, pieces)) for r, n in enumerate(tiles) for i in range(pieces)]
+    got = [tuple(row) for row in metadata[:active, :2].tolist()]
+    assert (got == equal and over == 0) == want
+    if want:
+        assert (metadata[active:, 0] == len(seqlens)).all()
+        assert metadata[:active, 4].tolist() == list(range(pieces)) * len(seqlens)
+        assert num_splits.tolist() == [pieces * r for r in range(len(seqlens) + 1)]
 
 
 def test_long_shares_leave_more_slack():
@@ -151,7 +196,7 @@ def test_a_request_stays_whole_by_hand():
     metadata, num_splits = schedule.plan([640], 3)
     assert metadata[:, :5].tolist() == [[0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 1, 0, 0]]
     assert num_splits.tolist() == [0, 1]
-    assert schedule.plan([705], 3)[1].tolist() == [0, 2]  # 17 places are one too many
+    assert schedule.plan([705], 3)[1].tolist() == [0, 3]  # 17 places are one too many
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ SPARSE = {
 PACK = {"POWER_OF_TWO": False, "TOKENS": 4}
 PLAN = {"OVERHEAD": schedule.OVERHEAD, "CHUNK": 0}
 PLAN_ACTIVE = PLAN | {"FEW": schedule.FEW, "FULL": schedule.FULL}
-PLAN_SLACK = {"SLACK": schedule.SLACK, "MOST_SLACK": schedule.MOST_SLACK}
+PLAN_SLACK = {"SLACK": schedule.SLACK, "MOST_SLACK": schedule.MOST_SLACK, "LEAST": schedule.LEAST}
 PLAN_PARTS = PLAN_ACTIVE | PLAN_SLACK | {"SEARCH_STEPS": 8, "BLOCK": 128}
 
 KERNELS = [

@@ -16,6 +16,7 @@ def _random_plans():
         b = int(rng.integers(1, 12))
         seqlens = rng.integers(0, 1500, b) * (rng.random(b) > 0.3)
         check_plan(seqlens.tolist(), int(rng.integers(1, 140)))
+        check_plan(rng.integers(1400, 1500, b).tolist(), int(rng.integers(1, 140)))
 
 
 PLANS = {
@@ -25,6 +26,9 @@ PLANS = {
     "more_parts_than_places": ([1, 64], 132),
     "more_parts_than_a_block": ([5000, 1, 300], 200),
     "every_tile_edge": ([0, 1, 63, 64, 65, 127, 128, 129], 9),
+    "cut_alike": ([4096, 4000, 4200], 66),
+    "cut_alike_but_for_an_empty_one": ([4096, 4096, 0], 66),
+    "one_a_part": ([640, 1300, 700], 3),
     "more_requests_than_a_block": ([i % 130 for i in range(1300)], 5),
     "places_times_parts_beyond_32_bits": ([2_000_000_000] * 3 + [5], 132),
 }

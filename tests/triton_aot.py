@@ -16,10 +16,10 @@ POINTERS = {
     ),
     "i32": (
         "cu_seqlens_qo", "cu_seqlens_kv", "block_table", "cache_seqlens",
-        "tile_scheduler_metadata", "num_splits", "stays_whole", "slots", "scales", "start",
+        "tile_scheduler_metadata", "num_splits", "pieces_of_all", "slots", "scales", "start",
         "end", "indices", "limits", "lengths",
     ),
-    "i64": ("starts",),
+    "i64": ("starts", "extremes"),
     "u8": ("codes", "q_codes", "key_codes"),
     "i16": ("rope", "cache_bits", "x_bits"),
 }  # fmt: skip

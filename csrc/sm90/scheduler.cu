@@ -5,7 +5,8 @@
 // tiles_r. The line is cut into equal stretches, one a part. A cut that falls on a request's
 // overhead moves to the request's first tile, so a request is never split for less than a tile.
 // Where moving every cut to the nearest start of a request costs little balance, that is done, and
-// nothing is split.
+// nothing is split. Where there are as many parts to every request, and the requests are nearly of
+// one length, each is cut into so many pieces by itself, if these are of kLeast tiles or more.
 //
 // A batch-invariant plan lays chunks of chunk_tiles on the line, each with an overhead of its own,
 // and moves every cut to the nearest start of a chunk: what a chunk holds, and how many a request
@@ -22,6 +23,7 @@ namespace flashmla::sm90 {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kLeast = 4;  // tiles that a piece has at least where requests are cut alike
 
 // Largest p < active whose position floor(p * length / active) is at most y.
 __device__ int last_part_at_or_before(int y, int active, int64_t length) {
@@ -64,8 +66,15 @@ struct Line {
   int length;
   int active;  // parts that get anything: a part is at least one place long
   Chunks chunks;
+  int pieces;  // of every request, where all are cut alike, else 0
 
   __device__ int position(int p) const {
+    if (pieces > 0 && p < active) {
+      const int r = p / pieces, piece = p % pieces;
+      const int64_t tiles = starts[r + 1] - starts[r] - kStartOverhead;
+      return starts[r] +
+             (piece > 0 ? kStartOverhead + static_cast<int>(piece * tiles / pieces) : 0);
+    }
     return p < active ? static_cast<int>(static_cast<int64_t>(p) * length / active) : length;
   }
   // The request with starts[r] <= position < starts[r + 1]; batch at the line's end.
@@ -103,10 +112,10 @@ __global__ void __launch_bounds__(kThreads)
     plan_kernel(const int* __restrict__ cache_seqlens, PlanRow* __restrict__ plan,
                 int* __restrict__ num_splits, int batch, int parts, Chunks chunks) {
   using Scan = cub::BlockScan<int, kThreads>;
-  using Reduce = cub::BlockReduce<int, kThreads>;
+  using Reduce = cub::BlockReduce<int2, kThreads>;
   __shared__ typename Scan::TempStorage scan_storage;
   __shared__ typename Reduce::TempStorage reduce_storage;
-  __shared__ bool whole_shared;
+  __shared__ bool whole_shared, alike_shared;
 
   // Each thread owns a contiguous run of requests. num_splits holds C_r until its last use.
   const int per_thread = (batch + kThreads - 1) / kThreads;
@@ -126,20 +135,36 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   const int active = active_parts(length, parts, batch, chunks);
-  const Line line{num_splits, batch, length, active, chunks};
-  int longest = 0;
+  Line line{num_splits, batch, length, active, chunks, 0};
+  int longest = 0;  // of the parts, if no request is split
   for (int p = threadIdx.x; p < parts; p += kThreads) {
     const int begin = line.nearest_start(line.position(p));
     longest = max(longest, line.nearest_start(line.position(p + 1)) - begin);
   }
-  longest = Reduce(reduce_storage).Reduce(longest, [](int a, int b) { return max(a, b); });
+  const bool chunked = chunks.tiles > 0;
+  const int pieces = !chunked && active % batch == 0 ? active / batch : 0;
+  int longest_piece = 0;  // of the requests, if all are cut alike
+  if (pieces > 0) {
+    for (int r = first, s = first_start; r < last; ++r) {
+      const int tiles = num_splits[r + 1] - s - kStartOverhead;
+      longest_piece =
+          max(longest_piece, tiles / kLeast < pieces ? INT_MAX : (tiles - 1) / pieces + 1);
+      s = num_splits[r + 1];
+    }
+  }
+  const int2 most =
+      Reduce(reduce_storage)
+          .Reduce(make_int2(longest, longest_piece), [](const int2& a, const int2& b) {
+            return make_int2(max(a.x, b.x), max(a.y, b.y));
+          });
   if (threadIdx.x == 0) {
     const int share = (length + active - 1) / active;
-    whole_shared = longest <= share + min(kMostSlack, max(kSlack, share / 2));
+    whole_shared = !chunked && most.x <= share + min(kMostSlack, max(kSlack, share / 2));
+    alike_shared = !whole_shared && pieces > 0 && most.y <= share;
   }
   __syncthreads();
-  const bool chunked = chunks.tiles > 0;
-  const bool whole = whole_shared && !chunked;
+  const bool whole = whole_shared;
+  if (alike_shared) line.pieces = pieces;
 
   for (int p = threadIdx.x; p < parts; p += kThreads) {
     const Cut begin = line.cut(p, whole || chunked);
@@ -147,6 +172,8 @@ __global__ void __launch_bounds__(kThreads)
     int split = 0;
     if (chunked) {
       split = begin.tile / chunks.tiles;
+    } else if (line.pieces > 0) {
+      split = p < active ? p % pieces : 0;
     } else if (begin.tile > 0) {
       const int first_tile = num_splits[begin.request] + kStartOverhead;
       split = p - last_part_at_or_before(first_tile, active, length);
@@ -161,6 +188,7 @@ __global__ void __launch_bounds__(kThreads)
   auto splits_of = [&](int r_start, int r_end) {
     if (chunked) return chunks.count(r_end - r_start);
     if (whole) return 1;
+    if (line.pieces > 0) return pieces;
     const int from = last_part_at_or_before(r_start + kStartOverhead, active, length);
     const int to = last_part_at_or_before(r_end - 1, active, length);
     return max(1, to - from + 1);

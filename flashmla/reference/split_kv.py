@@ -6,7 +6,8 @@ long sequence.  The plan says who does what.
 
 The plan lays all requests on one line: a request is OVERHEAD positions long, for what it costs to
 start one, and then as many as it has tiles of TILE tokens.  The line is cut into equal parts,
-unless parts of whole requests are almost as equal: merging is not free.
+unless parts of whole requests are almost as equal: merging is not free.  Where there are as many
+parts to every request, and requests of about one length, each is cut equally by itself.
 
 A batch-invariant plan cuts a request into chunks of CHUNK tiles, whatever else is on the line. Each
 is OVERHEAD positions longer than its tiles, and no part ends within one.
@@ -27,6 +28,7 @@ SLACK = 10  # places a part may exceed the equal share by, for requests to stay 
 MOST_SLACK = 24  # what that grows to for long shares: half the share, up to this
 FULL = 6  # places that are worth a part of its own, however many parts there are
 FEW = 32  # parts that get work whether they are full or not
+LEAST = 4  # tiles that every piece has at least where requests are cut alike
 CHUNK = 16  # tiles that a batch-invariant plan never cuts, counted from a request's start
 
 
@@ -92,7 +94,8 @@ def cut_line(seqlens, parts, batch_invariant=False):
 
     If cuts moved to the nearest start of a request make no part longer than an equal share and
     some SLACK, they stay there, and no request is split. In a batch-invariant plan they always
-    stay at the nearest start, and it is that of a chunk.
+    stay at the nearest start, and it is that of a chunk. Else, if there are as many parts to every
+    request, and equal pieces of each have LEAST tiles and fit into an equal share, those they are.
     """
     line: list[tuple[int, int]] = []
     starts = []
@@ -110,6 +113,11 @@ def cut_line(seqlens, parts, batch_invariant=False):
     share = -(-len(line) // max(1, active))
     if batch_invariant or longest <= share + min(MOST_SLACK, max(SLACK, share // 2)):
         positions = nearest
+    elif active % len(seqlens) == 0:
+        tiles, each = [tiles_of(seqlen) for seqlen in seqlens], active // len(seqlens)
+        if min(tiles) >= LEAST * each and -(-max(tiles) // each) <= share:
+            cuts = [(r, piece * n // each) for r, n in enumerate(tiles) for piece in range(each)]
+            return cuts + [(len(seqlens), 0)] * (parts + 1 - active)
     return [line[p] if p < len(line) else (len(seqlens), 0) for p in positions]
 
 

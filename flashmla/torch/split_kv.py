@@ -9,6 +9,7 @@ from flashmla.schedule import (
     CHUNK,
     FEW,
     FULL,
+    LEAST,
     MOST_SLACK,
     OVERHEAD,
     SLACK,
@@ -65,7 +66,17 @@ def get_metadata(
     share = (total + active - 1) // active
     slack = (share // 2).clamp(SLACK, MOST_SLACK)
     whole = nearest.diff().amax() <= share + slack
-    position = nearest if batch_invariant else torch.where(whole, nearest, position)
+    pieces = active // batch  # of each request, where all are cut alike
+    most = (tiles.amax() + pieces - 1) // pieces.clamp(min=1)
+    alike = ~whole & (active % batch == 0) & (tiles.amin() >= LEAST * pieces) & (most <= share)
+    if batch_invariant:
+        position = nearest
+    else:
+        each = pieces.clamp(min=1)
+        owner, piece = (part // each).clamp(max=batch - 1), part % each
+        equal = starts[owner] + (OVERHEAD + piece * tiles[owner] // each) * (piece > 0)
+        position = torch.where(alike & (part < active), equal, position)
+        position = torch.where(whole, nearest, position)
     request = torch.searchsorted(starts, position, right=True) - 1
     tile = (position - starts[request] - OVERHEAD).clamp(min=0)
     if batch_invariant:
@@ -82,8 +93,10 @@ def get_metadata(
 
     first = last_part_at_or_before(starts[:-1] + OVERHEAD)  # the part that holds tile 0
     last = last_part_at_or_before(starts[1:] - 1)
-    num_splits[1:] = torch.cumsum((last - first + 1).clamp(min=1).masked_fill(whole, 1), 0)
+    splits = torch.where(alike, pieces, (last - first + 1).clamp(min=1)).masked_fill(whole, 1)
+    num_splits[1:] = torch.cumsum(splits, 0)
     earlier_parts = part[:-1] - first[request[:-1].clamp(max=batch - 1)]
+    earlier_parts = torch.where(alike, part[:-1] % each, earlier_parts)
     metadata[:, 4] = torch.where(tile[:-1] > 0, earlier_parts, 0)
     return metadata, num_splits
 

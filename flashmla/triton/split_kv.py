@@ -13,6 +13,7 @@ from flashmla.schedule import (
     CHUNK,
     FEW,
     FULL,
+    LEAST,
     MOST_SLACK,
     OVERHEAD,
     SLACK,
@@ -56,6 +57,7 @@ def last_part_at(position, active, total):
 def plan_starts_kernel(
     cache_seqlens,  # [b] int32
     starts,  # [b + 1] int64: where each request begins on the line, and the line's length
+    extremes,  # [2] int64: the fewest tiles that a request has, and the most
     b,
     OVERHEAD: tl.constexpr,
     CHUNK: tl.constexpr,  # tiles in a chunk of a batch-invariant plan, else 0
@@ -64,6 +66,8 @@ def plan_starts_kernel(
 ):
     # One program walks over all requests, BLOCK at a time.
     total = tl.zeros([], tl.int64)
+    fewest = tl.full([], 1 << 40, tl.int64)
+    most = tl.zeros([], tl.int64)
     for block in range(0, b, BLOCK):
         request = block + tl.arange(0, BLOCK)  # [BLOCK]
         length = tl.load(cache_seqlens + request, mask=request < b, other=0)
@@ -74,7 +78,11 @@ def plan_starts_kernel(
         places = tl.where(request < b, places, 0)
         tl.store(starts + request, total + tl.cumsum(places) - places, mask=request < b)
         total += tl.sum(places)
+        fewest = tl.minimum(fewest, tl.min(tl.where(request < b, tiles, 1 << 40)))
+        most = tl.maximum(most, tl.max(tl.where(request < b, tiles, 0)))
     tl.store(starts + b, total)
+    tl.store(extremes + 0, fewest)
+    tl.store(extremes + 1, most)
 
 
 # endregion: plan_starts_kernel
@@ -109,6 +117,17 @@ def cut(part, starts, b, active, total, SEARCH_STEPS: tl.constexpr, WIDTH: tl.co
     return position, tl.where(after - position < position - before, after, before)
 
 
+@triton.jit
+def equal_cut(part, starts, b, active, each, total, OVERHEAD: tl.constexpr):
+    """The same where every request is cut by itself into `each` pieces."""
+    request = tl.minimum(part // each, b)
+    start = tl.load(starts + request)
+    tiles = tl.load(starts + tl.minimum(request + 1, b)) - start - OVERHEAD
+    piece = part % each
+    position = start + tl.where(piece > 0, OVERHEAD + piece * tiles // each, 0)
+    return tl.where(part < active, position, total)
+
+
 # endregion: cut
 
 
@@ -116,13 +135,15 @@ def cut(part, starts, b, active, total, SEARCH_STEPS: tl.constexpr, WIDTH: tl.co
 @triton.jit(do_not_specialize=["b", "parts"])
 def plan_parts_kernel(
     starts,  # [b + 1] int64
+    extremes,  # [2] int64
     tile_scheduler_metadata,  # [parts, 8] int32, with CHUNK [parts, 16]
-    stays_whole,  # [1] int32: whether no request is split
+    pieces_of_all,  # [1] int32: of every request; 0 where it depends on where cuts fall
     b,
     parts,
     OVERHEAD: tl.constexpr,
     SLACK: tl.constexpr,
     MOST_SLACK: tl.constexpr,
+    LEAST: tl.constexpr,
     CHUNK: tl.constexpr,
     FEW: tl.constexpr,
     FULL: tl.constexpr,
@@ -140,9 +161,17 @@ def plan_parts_kernel(
     share = (total + active - 1) // tl.maximum(active, 1)
     slack = tl.minimum(tl.maximum(share // 2, SLACK), MOST_SLACK)
     whole = (CHUNK > 0) | (tl.max(near_end - near_begin) <= share + slack)
-    tl.store(stays_whole, whole.to(tl.int32))
     begin = tl.where(whole, near_begin, begin)
     end = tl.where(whole, near_end, end)
+    # Else, with as many parts to every request and nearly equal lengths, each is cut by itself.
+    pieces = active // tl.maximum(b, 1)
+    each = tl.maximum(pieces, 1)
+    longest = (tl.load(extremes + 1) + each - 1) // each
+    fits = (tl.load(extremes + 0) >= LEAST * pieces) & (longest <= share)
+    alike = (whole == 0) & (pieces * b == active) & (pieces > 0) & fits
+    tl.store(pieces_of_all, tl.where(whole, 1, tl.where(alike, pieces, 0)).to(tl.int32))
+    begin = tl.where(alike, equal_cut(part, starts, b, active, each, total, OVERHEAD), begin)
+    end = tl.where(alike, equal_cut(part + 1, starts, b, active, each, total, OVERHEAD), end)
 
     request = request_at(begin, starts, b, SEARCH_STEPS)
     end_request = request_at(end, starts, b, SEARCH_STEPS)
@@ -158,7 +187,7 @@ def plan_parts_kernel(
         end_tile = tl.maximum(end - end_start - OVERHEAD, 0)
         # Parts before this one that hold tiles of the request it begins in: none at its tile 0.
         first = last_part_at(start + OVERHEAD, active, tl.maximum(total, 1))
-        begin_split = tl.where(tile > 0, part - first, 0)
+        begin_split = tl.where(tile > 0, tl.where(alike, part % each, part - first), 0)
 
     COLUMNS: tl.constexpr = 16 if CHUNK > 0 else 8
     row = tile_scheduler_metadata + part * COLUMNS  # [BLOCK] pointers
@@ -180,7 +209,7 @@ def plan_parts_kernel(
 @triton.jit(do_not_specialize=["b", "parts"])
 def plan_splits_kernel(
     starts,  # [b + 1] int64
-    stays_whole,  # [1] int32
+    pieces_of_all,  # [1] int32
     num_splits,  # [b + 1] int32
     b,
     parts,
@@ -193,7 +222,7 @@ def plan_splits_kernel(
     # How many parts hold tiles of each request, or how many chunks it has, summed up.
     total = tl.load(starts + b)
     active = active_parts(total, parts, b, CHUNK, FEW, FULL)
-    whole = tl.load(stays_whole) != 0
+    pieces = tl.load(pieces_of_all)
     used = tl.zeros([], tl.int64)
     tl.store(num_splits, 0)
     for block in range(0, b, BLOCK):
@@ -206,7 +235,7 @@ def plan_splits_kernel(
         else:
             first = last_part_at(start + OVERHEAD, active, total)
             last = last_part_at(end - 1, active, total)
-            splits = tl.where(whole, 1, tl.maximum(last - first + 1, 1))
+            splits = tl.where(pieces > 0, pieces, tl.maximum(last - first + 1, 1))
         splits = tl.where(exists, splits, 0)
         count = used + tl.cumsum(splits)
         tl.store(num_splits + 1 + request, count.to(tl.int32), mask=exists)
@@ -242,19 +271,21 @@ def get_metadata(
         )
     tile_scheduler_metadata, num_splits = out
     starts = torch.empty(b + 1, dtype=torch.int64, device=cache_seqlens.device)
-    stays_whole = torch.empty(1, dtype=torch.int32, device=cache_seqlens.device)
+    extremes = torch.empty(2, dtype=torch.int64, device=cache_seqlens.device)
+    pieces = torch.empty(1, dtype=torch.int32, device=cache_seqlens.device)
     chunk = CHUNK if batch_invariant else 0
     with on_device(cache_seqlens.device):
         plan_starts_kernel[(1,)](
-            cache_seqlens, starts, b, OVERHEAD=OVERHEAD, CHUNK=chunk, TILE=TILE, BLOCK=PLAN_BLOCK
-        )
+            cache_seqlens, starts, extremes, b, OVERHEAD=OVERHEAD, CHUNK=chunk, TILE=TILE,
+            BLOCK=PLAN_BLOCK,
+        )  # fmt: skip
         plan_parts_kernel[(1,)](
-            starts, tile_scheduler_metadata, stays_whole, b, parts, OVERHEAD=OVERHEAD,
-            SLACK=SLACK, MOST_SLACK=MOST_SLACK, CHUNK=chunk, FEW=FEW, FULL=FULL,
+            starts, extremes, tile_scheduler_metadata, pieces, b, parts, OVERHEAD=OVERHEAD,
+            SLACK=SLACK, MOST_SLACK=MOST_SLACK, LEAST=LEAST, CHUNK=chunk, FEW=FEW, FULL=FULL,
             SEARCH_STEPS=b.bit_length(), BLOCK=triton.next_power_of_2(parts),
         )  # fmt: skip
         plan_splits_kernel[(1,)](
-            starts, stays_whole, num_splits, b, parts, OVERHEAD=OVERHEAD, CHUNK=chunk, FEW=FEW,
+            starts, pieces, num_splits, b, parts, OVERHEAD=OVERHEAD, CHUNK=chunk, FEW=FEW,
             FULL=FULL, BLOCK=PLAN_BLOCK,
         )  # fmt: skip
     return tile_scheduler_metadata, num_splits

@@ -20,6 +20,10 @@ LENGTHS = {
     "all_empty": [0] * 9,
     "mixed": [0, 1, 63, 64, 65, 5000, 0, 131072, 7],
     "equal": [4096] * 128,
+    "cut_alike": [8192] * 11,
+    "nearly_alike": [4096 + i * 13 for i in range(-6, 5)],
+    "alike_but_for_one": [4096] * 10 + [5000],
+    "alike_but_for_an_empty_one": [4096] * 10 + [0],
     "many": [(i * 7919) % 3001 for i in range(5000)],
     "more_than_threads": [i % 130 for i in range(70001)],
 }

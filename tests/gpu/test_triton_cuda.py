@@ -38,6 +38,7 @@ def test_prefill(case) -> None:
 @pytest.mark.parametrize("parts", [1, 7, 132])
 def test_plan(parts: int) -> None:
     triton_bodies.check_plan([0, 1, 63, 64, 65, 5000, 0, 131072, 7], parts, DEVICE)
+    triton_bodies.check_plan([4096, 4000, 4200], parts, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
