@@ -155,10 +155,10 @@ bool dense_decode(TensorView q, TensorView k_cache, TensorView block_table,
     const int64_t slots = chunked ? b * most_chunks : b + a.shape.parts;
     require(slots <= INT_MAX, "the block table has room for too many partial results");
     const int64_t rows = slots * h_kv * a.shape.rows();
-    const int64_t shape[2] = {rows, kHeadDimV + 1};
+    const int64_t shape[2] = {rows, sm90::kPartialRowFloats};
     workspace = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ShapeView(shape, 2), kFloat32, device);
-    float* const partial_out = static_cast<float*>((*workspace).data_ptr());
-    a.partials = {partial_out, partial_out + rows * kHeadDimV, static_cast<int>(slots)};
+    a.partials = sm90::partials_in(static_cast<float*>((*workspace).data_ptr()), rows,
+                                   static_cast<int>(slots));
   }
 
   const DeviceGuard guard(device);

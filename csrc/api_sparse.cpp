@@ -216,11 +216,11 @@ void dense_decode_fp8(TensorView q, TensorView k_cache, TensorView block_table,
     const int64_t slots = chunked ? b * most_chunks : b + a.parts;
     require(slots <= INT_MAX, "the block table has room for too many partial results");
     const int64_t rows = slots * a.rows;
-    const int64_t shape[2] = {rows, 513};
+    const int64_t shape[2] = {rows, sm90::kPartialRowFloats};
     workspace = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ShapeView(shape, 2),
                                      DLDataType{kDLFloat, 32, 1}, q.device());
-    float* const partial_out = static_cast<float*>((*workspace).data_ptr());
-    a.partials = {partial_out, partial_out + rows * 512, static_cast<int>(slots)};
+    a.partials = sm90::partials_in(static_cast<float*>((*workspace).data_ptr()), rows,
+                                   static_cast<int>(slots));
   }
 
   const DeviceGuard guard(q.device());

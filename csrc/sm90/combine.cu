@@ -13,6 +13,7 @@
 
 #include "../common/cuda_check.h"
 #include "launch.h"
+#include "partials.cuh"
 #include "schedule.h"
 #include "split_requests.cuh"
 
@@ -31,12 +32,12 @@ struct Weighted {
   float4 sum;
   float weights;
 
-  __device__ __forceinline__ void add(float weight, const float4& o, float o_weights) {
-    sum.x += weight * o.x;
-    sum.y += weight * o.y;
-    sum.z += weight * o.z;
-    sum.w += weight * o.w;
-    weights += weight * o_weights;
+  __device__ __forceinline__ void add(float factor, const float4& o, float weight) {
+    sum.x += factor * o.x;
+    sum.y += factor * o.y;
+    sum.z += factor * o.z;
+    sum.w += factor * o.w;
+    weights += weight;
   }
 };
 
@@ -99,11 +100,12 @@ __global__ void __launch_bounds__(kThreads)
          at_row += share ? 1 : kGroups) {
       // region: combine
       const int64_t base = static_cast<int64_t>(first) * rows + at_row;
-      const float* part_lse = partials.lse + base;                     // [splits], strided; base 2
-      const float* part_out = partials.out + base * kDimV + lane * 4;  // [splits, 512], strided
+      const PartialRow* part_row = partials.rows + base;  // [splits], strided
+      const uint2* part_out =                             // [splits, 512 / 4], strided
+          static_cast<const uint2*>(partials.out) + base * kLanes + lane;
       float max = -INFINITY;
       for (int k = threadIdx.x % 32; k < splits; k += 32) {
-        max = fmaxf(max, part_lse[static_cast<int64_t>(k) * rows]);
+        max = fmaxf(max, part_row[static_cast<int64_t>(k) * rows].lse2);
       }
       for (int d = 16; d > 0; d /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, d));
       const float shift = max == -INFINITY ? 0.f : max;
@@ -112,8 +114,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 8
       for (int k = share ? group : 0; k < splits; k += share ? kGroups : 1) {
         const int64_t at = static_cast<int64_t>(k) * rows;
-        const float4 o = *reinterpret_cast<const float4*>(part_out + at * kDimV);
-        total.add(exp2f(part_lse[at] - shift), o, 1.f);
+        const PartialRow state = read(part_row + at);
+        float o[4];
+        unpack(part_out[at * kLanes], o);
+        const float weight = exp2f(state.lse2 - shift);
+        const float unit = lane < kLanes / 2 ? state.unit[0] : state.unit[1];
+        total.add(weight * unit, make_float4(o[0], o[1], o[2], o[3]), weight);
       }
       if (share) {
         shared[group][lane] = total;

@@ -30,12 +30,22 @@ struct DecodeShape {
 };
 
 // A partial result of split k of request r lies at slot num_splits[r] + k:
-//   out_partial [slots, h_kv, rows, 512] float32, lse_partial [slots, h_kv, rows] float32 (base 2).
+//   out [slots, h_kv, rows, 512] float16, in units of the row and half (partials.cuh),
+//   rows [slots, h_kv, rows].
+struct alignas(16) PartialRow {
+  float lse2;     // to base 2
+  float unit[2];  // of either half of the columns
+  float unused;
+};
 struct Partials {
-  float* out;
-  float* lse;
+  void* out;
+  PartialRow* rows;
   int slots;  // a plan that does not fit the batch writes to none beyond
 };
+constexpr int kPartialRowFloats = 512 / 2 + 4;  // the memory of a row
+inline Partials partials_in(float* memory, int64_t rows, int slots) {
+  return {memory, reinterpret_cast<PartialRow*>(memory + rows * (512 / 2)), slots};
+}
 
 struct DenseDecodeArgs {
   DecodeShape shape;

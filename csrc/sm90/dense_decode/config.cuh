@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
+#include <cutlass/fast_math.h>
 
 #include "../../common/mma.cuh"
 #include "../half_tiles.cuh"
@@ -73,6 +74,9 @@ static_assert(sizeof(SharedStorage<cutlass::half_t>) <= 232448, "227 KB a CTA");
 
 struct KernelParams {
   DecodeShape shape;
+  cutlass::FastDivmod group;         // heads of one KV head
+  cutlass::FastDivmod rows;          // of one KV head
+  cutlass::FastDivmod request_rows;  // of all of them
   bool causal;
   float scale_log2;        // softmax_scale * log2(e): scores go straight to exp2
   const int* block_table;  // [batch, block_table_stride]
@@ -106,8 +110,8 @@ class WorkList {
         plan_(p.plan[blockIdx.z * p.plan_stride]),
         request_(max(0, plan_.begin_request)),
         tile_(max(0, plan_.begin_tile)) {
-    const int last_row = min(static_cast<int>(blockIdx.x) * kRows + kRows, p.shape.rows()) - 1;
-    last_s_ = last_row / p.shape.group();
+    const int last_row = min(static_cast<int>(blockIdx.x) * kRows + kRows, p.rows.divisor) - 1;
+    last_s_ = p.group.div(last_row);
   }
 
   __device__ __forceinline__ bool next(WorkItem& item) {

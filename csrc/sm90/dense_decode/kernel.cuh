@@ -32,10 +32,10 @@ struct Item {
   __device__ __forceinline__ Item(const KernelParams& p, const WorkItem& work, int row)
       : tiles(work.tiles), seqlen(work.seqlen), begin(work.first_tile * kTokens) {
     const int first_row = blockIdx.x * kRows;
-    lowest_limit = key_limit(p, seqlen, first_row / p.shape.group());
+    lowest_limit = key_limit(p, seqlen, p.group.div(first_row));
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      limit[h] = key_limit(p, seqlen, (first_row + row + 8 * h) / p.shape.group());
+      limit[h] = key_limit(p, seqlen, p.group.div(first_row + row + 8 * h));
     }
   }
   __device__ __forceinline__ int first_token(int j) const { return begin + j * kTokens; }

@@ -30,6 +30,9 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
   const int row_tiles = (shape.rows() + kRows - 1) / kRows;
   KernelParams p;
   p.shape = shape;
+  p.group = cutlass::FastDivmod(shape.group());
+  p.rows = cutlass::FastDivmod(shape.rows());
+  p.request_rows = cutlass::FastDivmod(shape.h_kv * shape.rows());
   p.causal = a.causal;
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   p.block_table = a.block_table;

@@ -1,169 +1,252 @@
 // The end of a call in which requests were split: when all CTAs have left their partial results,
 // they merge them, each by its share of the softmax denominator. That needs CTAs that wait for one
-// another, and so a cooperative launch.
+// another, and so a cooperative launch. The order of the sums follows from the plan, so a call
+// repeated gives the same bits.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
 
+#include <type_traits>
+
 #include "../../common/grid_barrier.cuh"
+#include "../partials.cuh"
 #include "../split_requests.cuh"
 #include "config.cuh"
 
 namespace flashmla::sm90::dense_decode {
 
-// A sum of partial rows of 512 columns, spread over a warp: lane l has columns 4 l + 128 j.
-struct MergedRow {
-  float4 o[4];
-  float max2;  // of the partial rows' LSEs, base 2; -inf for nothing seen
-  float sum;   // of their weights, relative to that
-
-  __device__ __forceinline__ void clear() {
-    CUTE_UNROLL
-    for (int j = 0; j < 4; ++j) o[j] = make_float4(0.f, 0.f, 0.f, 0.f);
-    max2 = -INFINITY;
-    sum = 0.f;
-  }
-  __device__ __forceinline__ void scale(float by) {
-    CUTE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      o[j].x *= by;
-      o[j].y *= by;
-      o[j].z *= by;
-      o[j].w *= by;
-    }
-  }
-  // Makes `max` the maximum that weights are relative to, if it is larger.
-  __device__ __forceinline__ void raise(float max) {
-    if (max <= max2) return;
-    const float by = exp2f(max2 - max);  // 0 for the first
-    scale(by);
-    sum *= by;
-    max2 = max;
-  }
-  __device__ __forceinline__ float weight_of(float lse2) const {
-    return lse2 == -INFINITY ? 0.f : exp2f(lse2 - max2);
-  }
-  __device__ __forceinline__ void add(float weight, float weights, const float4 (&x)[4]) {
-    CUTE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      o[j].x += weight * x[j].x;
-      o[j].y += weight * x[j].y;
-      o[j].z += weight * x[j].z;
-      o[j].w += weight * x[j].w;
-    }
-    sum += weight * weights;
-  }
-
-  // To out and lse, divided by the sum, which a sink adds to. row: of all KV heads of the request.
-  template <class T>
-  __device__ __forceinline__ void store(const KernelParams& p, int request, int row) {
-    const int lane = threadIdx.x % 32;
-    const int group = p.shape.group();
-    const int in_head = row % p.shape.rows();
-    const int head = row / p.shape.rows() * group + in_head % group;
-    const int s = in_head / group;
-    const bool empty = sum == 0.f;  // nothing this row may see: out 0, lse +inf
-    float total = sum;
-    if (p.attn_sink != nullptr) total += exp2f(p.attn_sink[head] * 1.4426950408889634f - max2);
-    scale(empty ? 0.f : 1.f / total);
-    const int64_t query = static_cast<int64_t>(request) * p.shape.s_q + s;
-    T* to = static_cast<T*>(p.out) + (query * p.shape.h_q + head) * kDimV + lane * 4;
-    CUTE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      cutlass::NumericArrayConverter<T, float, 4> convert;
-      const auto packed = convert({o[j].x, o[j].y, o[j].z, o[j].w});
-      *reinterpret_cast<uint2*>(to + j * 128) = reinterpret_cast<const uint2&>(packed);
-    }
-    if (lane == 0) {
-      const int64_t at = (static_cast<int64_t>(request) * p.shape.h_q + head) * p.shape.s_q + s;
-      p.lse[at] = empty ? INFINITY : (max2 + log2f(sum)) * 0.6931471805599453f;
-    }
-  }
-};
-
 constexpr int kMergeWarps = kConsumerThreads / 32;
+constexpr int kLoadCols = 8;  // of a partial row in 16 bytes
 
 struct MergeStorage {
   SplitRequests todo;
   int2 slots[kMaxParts];  // of the requests to be merged: the first, and how many
-  float4 o[kMergeWarps][4][32];
-  float2 state[kMergeWarps];  // max2, sum
+  // Where a CTA takes a row, of up to 256 of its partial results at a time.
+  PartialRow row[kConsumerThreads];
+  float weight[kConsumerThreads];
+  float factor[2][kConsumerThreads];  // the weight times the unit, for either half of the columns
 };
 
-// Every `step`-th partial result of a row from `first` on. Four are on their way at a time, with no
-// look at their LSEs before; they may have been written by this very kernel, so they are read where
-// all SMs see the same: in L2.
-__device__ __forceinline__ void merge_partials(const KernelParams& p, int64_t row, int rows,
-                                               int first, int step, int splits, MergedRow& sum) {
-  constexpr int kAtOnce = 4;
-  const int lane = threadIdx.x % 32;
-#pragma unroll 1
-  for (int k = first; k < splits; k += kAtOnce * step) {
-    float4 x[kAtOnce][4];
-    float lse2[kAtOnce];
+// A row to be merged.
+struct SplitRow {
+  int request;
+  int row;    // of all KV heads of the request
+  int first;  // of its partial results
+  int splits;
+
+  __device__ __forceinline__ SplitRow(const KernelParams& p, const MergeStorage& storage, int nth) {
+    const int which = p.request_rows.div(nth);
+    request = storage.todo.request[which];
+    row = nth - which * p.request_rows.divisor;
+    first = storage.slots[which].x;
+    splits = storage.slots[which].y;
+  }
+  // Partial result k of this row among all of them.
+  __device__ __forceinline__ int64_t at(const KernelParams& p, int k) const {
+    return static_cast<int64_t>(first + k) * p.request_rows.divisor + row;
+  }
+};
+
+// What has been seen of a row's partial results.
+struct Weights {
+  float max2 = -INFINITY;  // of their LSEs, base 2; -inf for nothing
+  float sum = 0.f;         // relative to that
+
+  // Makes `max` the maximum that weights are relative to, if it is larger; returns what everything
+  // before must be multiplied by.
+  __device__ __forceinline__ float raise(float max) {
+    if (max <= max2) return 1.f;
+    const float by = exp2f(max2 - max);  // 0 for the first
+    sum *= by;
+    max2 = max;
+    return by;
+  }
+  __device__ __forceinline__ float add(float lse2) {
+    const float weight = exp2f(lse2 - max2);
+    sum += weight;
+    return weight;
+  }
+};
+
+// To out: a thread's kCount columns of a row from each of `columns` on, divided by the weights,
+// which a sink adds to; to lse, by the thread that has column 0.
+template <class T, int kParts, int kCount>
+__device__ __forceinline__ void store_row(const KernelParams& p, const SplitRow& split, int column,
+                                          int stride, const Weights& weights,
+                                          const float (&o)[kParts][kCount]) {
+  int kv_head, in_head, s, head;
+  p.rows(kv_head, in_head, split.row);
+  p.group(s, head, in_head);
+  head += kv_head * p.group.divisor;
+  const bool empty = weights.sum == 0.f;  // nothing this row may see: out 0, lse +inf
+  float total = weights.sum;
+  if (p.attn_sink != nullptr) {
+    total += exp2f(p.attn_sink[head] * 1.4426950408889634f - weights.max2);
+  }
+  const float factor = empty ? 0.f : 1.f / total;
+  const int64_t query = static_cast<int64_t>(split.request) * p.shape.s_q + s;
+  T* to = static_cast<T*>(p.out) + (query * p.shape.h_q + head) * kDimV + column;
+  CUTE_UNROLL
+  for (int j = 0; j < kParts; ++j) {
+    cutlass::Array<float, kCount> x;
     CUTE_UNROLL
-    for (int u = 0; u < kAtOnce; ++u) {
-      const bool there = k + u * step < splits;
-      const int64_t at = row + static_cast<int64_t>(there ? k + u * step : k) * rows;
-      const auto* from = reinterpret_cast<const float4*>(p.partials.out + at * kDimV) + lane;
-      lse2[u] = there ? __ldcg(p.partials.lse + at) : -INFINITY;
-      CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        x[u][j] = there ? __ldcg(from + j * 32) : make_float4(0.f, 0.f, 0.f, 0.f);
-      }
-    }
-    float max = lse2[0];
-    CUTE_UNROLL
-    for (int u = 1; u < kAtOnce; ++u) max = fmaxf(max, lse2[u]);
-    sum.raise(max);
-    CUTE_UNROLL
-    for (int u = 0; u < kAtOnce; ++u) sum.add(sum.weight_of(lse2[u]), 1.f, x[u]);
+    for (int i = 0; i < kCount; ++i) x[i] = o[j][i] * factor;
+    cutlass::NumericArrayConverter<T, float, kCount> convert;
+    const auto packed = convert(x);
+    using Word = std::conditional_t<kCount == kLoadCols, uint4, uint32_t>;
+    static_assert(sizeof(Word) == sizeof(packed));
+    *reinterpret_cast<Word*>(to + j * stride) = reinterpret_cast<const Word&>(packed);
+  }
+  if (column == 0) {
+    const int64_t at = (static_cast<int64_t>(split.request) * p.shape.h_q + head) * p.shape.s_q + s;
+    p.lse[at] = empty ? INFINITY : (weights.max2 + log2f(weights.sum)) * 0.6931471805599453f;
   }
 }
 
-// A warp takes a row, or, where there are few rows, two to eight warps share out its partial
-// results. The order of the sums follows from the plan, so a call repeated gives the same bits.
-template <class T, class Sync>
-__device__ __forceinline__ void merge_rows(const KernelParams& p, MergeStorage& storage, int block,
-                                           int blocks, int warp, const Sync& sync) {
-  const int lane = threadIdx.x % 32;
-  const int rows = p.shape.h_kv * p.shape.rows();
-  const int total = storage.todo.count * rows;  // the grid runs at once, so this is small
-  int sharing = kMergeWarps;                    // warps a row
-  while (sharing > 1 && total * sharing > blocks * kMergeWarps) sharing /= 2;
-  const int at_once = kMergeWarps / sharing;
-  const int share = warp % sharing;
+// Many rows: half a warp takes one or, up to a row a warp, either half every second partial result
+// of it. Four are on their way at a time, before any LSE is looked at.
+template <class T>
+__device__ __forceinline__ void merge_rows_of_warps(const KernelParams& p,
+                                                    const MergeStorage& storage, int total,
+                                                    int warp, int warps) {
+  constexpr int kLanes = 16, kAtOnce = 4;
+  constexpr int kLoads = kDimV / kLoadCols / kLanes;
+  const int lane = threadIdx.x % kLanes, half_warp = threadIdx.x / kLanes % 2;
+  const bool alone = total > warps;
+  const int share = alone ? 0 : half_warp, sharing = alone ? 1 : 2;
 #pragma unroll 1
-  for (int first = block * at_once; first < total; first += blocks * at_once) {
-    const int nth = first + warp / sharing;
-    const int request = nth < total ? storage.todo.request[nth / rows] : 0;
-    const int row = nth % rows;
-    MergedRow sum;
-    sum.clear();
-    if (nth < total) {
-      const int2 slots = storage.slots[nth / rows];
-      merge_partials(p, static_cast<int64_t>(slots.x) * rows + row, rows, share, sharing, slots.y,
-                     sum);
-    }
-    if (sharing > 1) {
+  for (int nth = alone ? 2 * warp + half_warp : warp; __any_sync(0xffffffffu, nth < total);
+       nth += alone ? 2 * warps : warps) {
+    const SplitRow split(p, storage, min(nth, total - 1));
+    Weights weights;
+    float o[kLoads][kLoadCols] = {};  // columns 8 lane + 128 j
+#pragma unroll 1
+    for (int k = share; k < split.splits; k += kAtOnce * sharing) {
+      uint4 x[kAtOnce][kLoads];
+      PartialRow row[kAtOnce];
       CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) storage.o[warp][j][lane] = sum.o[j];
-      if (lane == 0) storage.state[warp] = make_float2(sum.max2, sum.sum);
-      sync();
-      if (share == 0) {
-#pragma unroll 1
-        for (int other = warp + 1; other < warp + sharing; ++other) {
-          float4 x[4];
+      for (int u = 0; u < kAtOnce; ++u) {
+        row[u].lse2 = -INFINITY;
+        if (k + u * sharing < split.splits) {
+          const int64_t at = split.at(p, k + u * sharing);
+          row[u] = read(p.partials.rows + at);
+          const auto* from =
+              static_cast<const uint4*>(p.partials.out) + at * (kDimV / kLoadCols) + lane;
           CUTE_UNROLL
-          for (int j = 0; j < 4; ++j) x[j] = storage.o[other][j][lane];
-          const float2 state = storage.state[other];
-          sum.raise(state.x);
-          sum.add(sum.weight_of(state.x), state.y, x);
+          for (int j = 0; j < kLoads; ++j) x[u][j] = __ldcg(from + j * kLanes);
         }
       }
-      sync();
+      float max = row[0].lse2;
+      CUTE_UNROLL
+      for (int u = 1; u < kAtOnce; ++u) max = fmaxf(max, row[u].lse2);
+      const float by = weights.raise(max);
+      CUTE_UNROLL
+      for (int j = 0; j < kLoads; ++j) {
+        CUTE_UNROLL
+        for (int i = 0; i < kLoadCols; ++i) o[j][i] *= by;
+      }
+      CUTE_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (row[u].lse2 == -INFINITY) continue;
+        const float weight = weights.add(row[u].lse2);
+        CUTE_UNROLL
+        for (int j = 0; j < kLoads; ++j) {
+          const float factor = weight * row[u].unit[2 * j / kLoads];
+          float numbers[kLoadCols];
+          unpack(x[u][j], numbers);
+          CUTE_UNROLL
+          for (int i = 0; i < kLoadCols; ++i) o[j][i] += factor * numbers[i];
+        }
+      }
     }
-    if (nth < total && share == 0) sum.template store<T>(p, request, row);
+    if (!alone) {
+      constexpr unsigned kAll = 0xffffffffu;
+      const float by = weights.raise(__shfl_xor_sync(kAll, weights.max2, kLanes));
+      weights.sum += __shfl_xor_sync(kAll, weights.sum, kLanes);
+      CUTE_UNROLL
+      for (int j = 0; j < kLoads; ++j) {
+        CUTE_UNROLL
+        for (int i = 0; i < kLoadCols; ++i) {
+          o[j][i] *= by;
+          o[j][i] += __shfl_xor_sync(kAll, o[j][i], kLanes);
+        }
+      }
+    }
+    if (nth < total && share == 0) {
+      store_row<T>(p, split, lane * kLoadCols, kLanes * kLoadCols, weights, o);
+    }
+  }
+}
+
+// Few rows: all of the CTA takes one, a thread two columns of all partial results, of which 16 are
+// on their way at a time. What is known of a partial row is fetched once, or all CTAs would ask for
+// the same few lines of L2, eight warps each.
+template <class T, class Sync>
+__device__ __forceinline__ void merge_rows_of_ctas(const KernelParams& p, MergeStorage& storage,
+                                                   int total, int thread, int block, int blocks,
+                                                   const Sync& sync) {
+  constexpr int kAtOnce = 16;
+  constexpr int kCols = kDimV / kConsumerThreads;
+  const int half = thread / (kConsumerThreads / 2);
+#pragma unroll 1
+  for (int nth = block; nth < total; nth += blocks) {
+    const SplitRow split(p, storage, nth);
+    Weights weights;
+    float o[1][kCols] = {};
+#pragma unroll 1
+    for (int first = 0; first < split.splits; first += kConsumerThreads) {
+      const int count = min(kConsumerThreads, split.splits - first);
+      uint32_t x[kAtOnce];
+      const auto fetch = [&](int k) {
+        CUTE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+          x[u] = 0;
+          if (k + u < count) {
+            const auto* out = static_cast<const uint32_t*>(p.partials.out);
+            x[u] = __ldcg(out + split.at(p, first + k + u) * (kDimV / 2) + thread);
+          }
+        }
+      };
+      fetch(0);
+      PartialRow row{-INFINITY, {0.f, 0.f}, 0.f};
+      if (thread < count) row = read(p.partials.rows + split.at(p, first + thread));
+      storage.row[thread] = row;
+      sync();
+      float max = -INFINITY;
+      for (int k = thread % 32; k < count; k += 32) max = fmaxf(max, storage.row[k].lse2);
+      CUTE_UNROLL
+      for (int d = 16; d > 0; d /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, d));
+      const float by = weights.raise(max);
+      o[0][0] *= by;
+      o[0][1] *= by;
+      const float weight = row.lse2 == -INFINITY ? 0.f : exp2f(row.lse2 - weights.max2);
+      storage.factor[0][thread] = weight * row.unit[0];
+      storage.factor[1][thread] = weight * row.unit[1];
+      storage.weight[thread] = weight;
+      sync();
+      float sum = 0.f;
+      for (int k = thread % 32; k < count; k += 32) sum += storage.weight[k];
+      CUTE_UNROLL
+      for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+      weights.sum += sum;
+#pragma unroll 1
+      for (int k = 0;;) {
+        CUTE_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+          if (k + u >= count) break;
+          const float factor = storage.factor[half][k + u];
+          float numbers[kCols];
+          unpack(x[u], numbers);
+          o[0][0] += factor * numbers[0];
+          o[0][1] += factor * numbers[1];
+        }
+        k += kAtOnce;
+        if (k >= count) break;
+        fetch(k);
+      }
+      sync();  // what the next ones are known by goes to the same place
+    }
+    store_row<T>(p, split, thread * kCols, 0, weights, o);
   }
 }
 
@@ -179,8 +262,8 @@ __device__ __noinline__ void merge_splits(const KernelParams& p, void* scratch) 
   const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   sync();
-  unsigned arrived = 0;
-  if (thread == 0) arrived = arrive_in_grid(p.meeting, blocks, block == 0);
+  GridArrival arrival;
+  if (thread == 0) arrival = arrive_in_grid(p.meeting, blocks, block == 0);
   if (thread / 32 == 1) {  // while others are still at work
     storage.todo.collect(p.plan, p.shape.parts, p.shape.batch);
     __syncwarp();
@@ -190,9 +273,16 @@ __device__ __noinline__ void merge_splits(const KernelParams& p, void* scratch) 
       storage.slots[i] = make_int2(slot, min(first[1], p.partials.slots) - slot);
     }
   }
-  if (thread == 0) wait_in_grid(p.meeting, arrived);
+  if (thread == 0) wait_in_grid(p.meeting, arrival);
   sync();
-  merge_rows<T>(p, storage, block, blocks, thread / 32, sync);
+  // All blocks run at once, so these are not many.
+  const int total = storage.todo.count * p.request_rows.divisor;
+  if (total <= 2 * static_cast<int>(blocks)) {
+    merge_rows_of_ctas<T>(p, storage, total, thread, block, blocks, sync);
+  } else {
+    merge_rows_of_warps<T>(p, storage, total, block * kMergeWarps + thread / 32,
+                           blocks * kMergeWarps);
+  }
 }
 
 }  // namespace flashmla::sm90::dense_decode

@@ -92,7 +92,7 @@ struct Pages {
   const PlanRow* plan;
   int plan_stride;  // rows from one part to the next
   const int* num_splits;
-  int slots;   // for partial results
+  Partials partials;
   bool pairs;  // neighbouring CTAs share their tiles, and so walk the same ones
 };
 
@@ -117,7 +117,7 @@ struct KernelParams {
   const float* attn_sink;  // [h_q]
   void* out;
   float* lse;
-  float* out_partial;
+  float* out_partial;  // of lists
   float* lse_partial;
   Pages pages;
 };

@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "../partials.cuh"
 #include "source.cuh"
 
 namespace flashmla::sm90::sparse_decode {
@@ -52,9 +53,11 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
   const bool writes_lse = mine == 0 && quad == 0;
   constexpr bool kPaged = std::is_same_v<Item, PagedItem>;
   if constexpr (kPaged) {
-    if (!item.is_whole && (item.slot < 0 || item.slot >= p.pages.slots)) return;
+    if (!item.is_whole && (item.slot < 0 || item.slot >= p.pages.partials.slots)) return;
   }
   RowPair factor;  // what is left to multiply O with
+  RowPair largest{{0.f, 0.f}};
+  if (kPaged && !item.whole(p)) largest = largest_of_rows(o);
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int head = item.head(p, row + 8 * h);
@@ -67,9 +70,13 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
       if (exists && writes_lse)
         store_lse(p, item.query_of(p, row + 8 * h), head, empty ? INFINITY : lse2 * kLn2);
     } else if constexpr (kPaged) {
-      if (exists && writes_lse) {
-        p.lse_partial[static_cast<int64_t>(item.slot) * p.pages.rows + item.row(row + 8 * h)] =
-            empty ? -INFINITY : lse2;
+      const float unit = unit_of(largest.v[h] * factor.v[h]);
+      factor.v[h] *= inverse_of_unit(unit);
+      if (exists && quad == 0) {
+        const int64_t slot_row = static_cast<int64_t>(item.slot) * p.pages.rows;
+        PartialRow& state = p.pages.partials.rows[slot_row + item.row(row + 8 * h)];
+        state.unit[mine] = unit;
+        if (mine == 0) state.lse2 = empty ? -INFINITY : lse2;
       }
     } else if (writes_lse) {
       p.lse_partial[static_cast<int64_t>(item.number) * kRows + row + 8 * h] =
@@ -77,10 +84,18 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
     }
   }
 
-  if (item.whole(p)) {
+  if (kPaged || item.whole(p)) {
     // region: store_rows
-    cutlass::NumericArrayConverter<T, float, 2> convert;
-    T* out = static_cast<T*>(p.out) + item.base_row(p) * kDimV + mine * kHalfV + quad * 8;
+    // As T or, of a partial result, as float16: of one size.
+    uint16_t* out = static_cast<uint16_t*>(p.out) + item.base_row(p) * kDimV;
+    const bool partial = kPaged && !item.whole(p);
+    if constexpr (kPaged) {
+      if (partial) {
+        out = static_cast<uint16_t*>(p.pages.partials.out) +
+              static_cast<int64_t>(item.slot) * p.pages.rows * kDimV;
+      }
+    }
+    out += mine * kHalfV + quad * 8;
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int r = item.row(row + 8 * h);
@@ -90,9 +105,8 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
         CUTE_UNROLL
         for (int k = 0; k < 4; ++k) {
           const int n = (c / 4 * 2 + k % 2) * 8 + c % 4 * 2 + k / 2;
-          const auto pair =
-              convert({o(4 * n + 2 * h) * factor.v[h], o(4 * n + 2 * h + 1) * factor.v[h]});
-          x[k] = reinterpret_cast<const uint32_t&>(pair);
+          x[k] = rounded_pair<T>(o(4 * n + 2 * h) * factor.v[h], o(4 * n + 2 * h + 1) * factor.v[h],
+                                 partial);
         }
         transpose_quad(x);
         if (item.exists(p, row + 8 * h)) {
@@ -102,20 +116,8 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
       }
     }
     // endregion: store_rows
-  } else if constexpr (kPaged) {
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      if (!item.exists(p, row + 8 * h)) continue;
-      const int64_t at = static_cast<int64_t>(item.slot) * p.pages.rows + item.row(row + 8 * h);
-      float* to = p.out_partial + at * kDimV + mine * kHalfV + quad * 2;
-      CUTE_UNROLL
-      for (int n = 0; n < cute::size(o) / 4; ++n) {  // columns in their own order again
-        const int column = n / 16 * 128 + n % 8 * 16 + n / 8 % 2 * 8;
-        *reinterpret_cast<float2*>(to + column) =
-            make_float2(o(4 * n + 2 * h) * factor.v[h], o(4 * n + 2 * h + 1) * factor.v[h]);
-      }
-    }
-  } else if (item.first_head + row / 16 * 16 < p.h_q) {  // else none of this warp's rows exists
+  } else if constexpr (!kPaged) {
+    if (item.first_head + row / 16 * 16 >= p.h_q) return;  // none of this warp's rows exists
     const int warp = threadIdx.x / 32 % 4;
     const int64_t at = (static_cast<int64_t>(item.number) * 2 + mine) * 4 + warp;
     auto* to = reinterpret_cast<float4*>(p.out_partial) + at * 1024 + threadIdx.x % 32;

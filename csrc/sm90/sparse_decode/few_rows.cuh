@@ -385,7 +385,33 @@ struct Consumer {
       }
       meet_all();
     }
-    if (warpgroup == 0) store(p, work, rows, o);
+    if (warpgroup != 0) return;
+    const bool partial = Source::kPaged && !work.whole(p);
+    if (partial) {
+      leave_largest(o);
+      meet();
+    }
+    store(p, work, rows, shared.largest[0], o);
+    if (partial) meet();  // the next tile's scores go where the largest were
+  }
+
+  // The largest magnitude in each row of a warp's part of O, for all warps. By the first warpgroup.
+  template <class Output>
+  __device__ __forceinline__ void leave_largest(const Output& o) {
+    CUTE_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      float largest = 0.f;
+      CUTE_UNROLL
+      for (int n = 0; n < kColumnTiles; ++n) {
+        largest = fmaxf(largest, fabsf(o(i / 2 * 4 + i % 2, n, 0)));
+        largest = fmaxf(largest, fabsf(o(i / 2 * 4 + 2 + i % 2, n, 0)));
+      }
+      CUTE_UNROLL
+      for (int d = 4; d < 32; d *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+      }
+      if (lane < 4) shared.largest[0][warp][Rows<kN>::number(i)] = largest;
+    }
   }
 };
 

@@ -22,13 +22,13 @@ struct Rows {
   __device__ __forceinline__ static int number(int i) { return own_column(i); }
 };
 
-// Four neighbouring columns of a row of `out`.
-__device__ __forceinline__ void store_four(const KernelParams& p, int64_t row, int column,
-                                           const float4& x, float factor) {
-  cutlass::NumericArrayConverter<Element, float, 4> convert;
+// Four neighbouring columns of a row of out [rows, 512].
+template <class T>
+__device__ __forceinline__ void store_four(T* out, int64_t row, int column, const float4& x,
+                                           float factor) {
+  cutlass::NumericArrayConverter<T, float, 4> convert;
   const auto four = convert({x.x * factor, x.y * factor, x.z * factor, x.w * factor});
-  *reinterpret_cast<uint2*>(static_cast<Element*>(p.out) + row * kDimV + column) =
-      reinterpret_cast<const uint2&>(four);
+  *reinterpret_cast<uint2*>(out + row * kDimV + column) = reinterpret_cast<const uint2&>(four);
 }
 
 // Of the thread's query row i, the four neighbouring columns of group g, from columns() on.
@@ -43,13 +43,14 @@ __device__ __forceinline__ int columns(int of_thread, int g) {
 }
 
 // By the warpgroup that has added up everything. o: its part of Oᵀ, not yet divided by the sums.
+// largest: magnitude in the warps' parts of each row of O; of partial results only.
 template <int kN, class Item, class Output>
 __device__ __forceinline__ void store(const KernelParams& p, const Item& item, const Rows<kN>& rows,
-                                      const Output& o) {
+                                      const float (&largest)[kWarps][kN], const Output& o) {
   const int thread = threadIdx.x % 128;
   constexpr bool kPaged = std::is_same_v<Item, PagedItem>;
   if constexpr (kPaged) {
-    if (!item.is_whole && (item.slot < 0 || item.slot >= p.pages.slots)) return;
+    if (!item.is_whole && (item.slot < 0 || item.slot >= p.pages.partials.slots)) return;
   }
   CUTE_UNROLL
   for (int i = 0; i < Rows<kN>::kCount; ++i) {
@@ -65,16 +66,23 @@ __device__ __forceinline__ void store(const KernelParams& p, const Item& item, c
       if (writes_lse) store_lse(p, item.query_of(p, r), head, empty ? INFINITY : lse2 * kLn2);
       CUTE_UNROLL
       for (int g = 0; g < kGroups; ++g) {
-        store_four(p, item.base_row(p) + row, columns(thread, g), four_columns(o, i, g), factor);
+        store_four(static_cast<Element*>(p.out), item.base_row(p) + row, columns(thread, g),
+                   four_columns(o, i, g), factor);
       }
     } else if constexpr (kPaged) {
       const int64_t at = static_cast<int64_t>(item.slot) * p.pages.rows + row;
-      if (writes_lse) p.lse_partial[at] = empty ? -INFINITY : lse2;
+      float of_row = 0.f;
+      CUTE_UNROLL
+      for (int w = 0; w < kWarps; ++w) of_row = fmaxf(of_row, largest[w][r]);
+      const float unit = unit_of(of_row * factor);
+      if (writes_lse) {
+        p.pages.partials.rows[at] = {empty ? -INFINITY : lse2, {unit, unit}, 0.f};
+      }
+      factor *= inverse_of_unit(unit);
       CUTE_UNROLL
       for (int g = 0; g < kGroups; ++g) {
-        const float4 x = four_columns(o, i, g);
-        *reinterpret_cast<float4*>(p.out_partial + at * kDimV + columns(thread, g)) =
-            make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+        store_four(static_cast<cutlass::half_t*>(p.pages.partials.out), at, columns(thread, g),
+                   four_columns(o, i, g), factor);
       }
     }
   }

@@ -57,9 +57,7 @@ inline KernelParams page_params(const PagedArgs& a) {
   pages.plan = reinterpret_cast<const PlanRow*>(a.plan);
   pages.plan_stride = a.plan_stride;
   pages.num_splits = a.num_splits;
-  pages.slots = a.partials.slots;
-  p.out_partial = a.partials.out;
-  p.lse_partial = a.partials.lse;
+  pages.partials = a.partials;
   return p;
 }
 
