@@ -150,14 +150,15 @@ bool sparse_decode(TensorView q, TensorView k_cache, TensorView indices,
 
   // Memory for partial results comes from the caller's allocator and goes back to it at the end,
   // on the caller's stream.
-  a.out_partial = a.lse_partial = nullptr;
+  a.partials = {};
   Optional<Tensor> workspace;
   if (splits > 1) {
     const int64_t rows = lists * splits * sparse::kRowsACta;
-    const int64_t shape[2] = {rows, kHeadDimV + 1};
+    const int64_t shape[2] = {rows, sparse::kListPartialRowFloats};
     workspace = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ShapeView(shape, 2), kFloat32, device);
-    a.out_partial = static_cast<float*>((*workspace).data_ptr());
-    a.lse_partial = a.out_partial + rows * kHeadDimV;
+    auto* const memory = static_cast<float*>((*workspace).data_ptr());
+    a.partials = {reinterpret_cast<uint4*>(memory),
+                  reinterpret_cast<float4*>(memory + rows * (kHeadDimV / 2))};
   }
 
   const DeviceGuard guard(device);

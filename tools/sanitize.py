@@ -176,7 +176,7 @@ def sparse_decode(device: str) -> None:
     longer = [
         SparseDecodeCase(f"h{h_q}", 1, 2, h_q, 400, 20, sink=True) for h_q in (16, 32, 64, 100)
     ]
-    for splits in (1, 3, 70):  # whole; merged by CTAs that meet, and by a second kernel
+    for splits in (1, 3, 33, 70):  # whole; merged by CTAs that meet, and by a second kernel
         with mock.patch.object(sparse, "splits_for", lambda *_, splits=splits: splits):
             for case in longer:
                 run(case)

@@ -1,6 +1,6 @@
 // How the numbers of a partial result are stored: as float16, each half of a row, 256 columns, in a
 // unit of its own, a power of two. That is half the bytes of float32, and bytes are what merging
-// costs; rounding adds 2^-12, an eighth of what bfloat16 probabilities and results are rounded by.
+// costs; rounding adds 2^-11, an eighth of what bfloat16 probabilities and results are rounded by.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -17,15 +17,16 @@
 namespace flashmla::sm90 {
 
 // The largest magnitudes in the two rows of O that a thread has a part of, over the columns of its
-// warpgroup. NaN counts for nothing.
-template <class Output>
+// warpgroup. NaN counts for nothing, nor, with kFinite, do infinities: what stands beside them in
+// the row then keeps a unit that fits it.
+template <bool kFinite = false, class Output>
 __device__ __forceinline__ RowPair largest_of_rows(const Output& o) {
   constexpr int kChains = 4;  // a row: one would be waited for at each of its 64 links
   float chain[2][kChains] = {};
   CUTE_UNROLL
   for (int i = 0; i < cute::size(o); ++i) {
     float& link = chain[row_half(i)][(i / 4 * 2 + i % 2) % kChains];
-    link = fmaxf(link, fabsf(o(i)));
+    link = fmaxf(link, fabsf(kFinite ? fmaf(o(i), 0.f, o(i)) : o(i)));
   }
   RowPair largest;
   CUTE_UNROLL
@@ -38,11 +39,12 @@ __device__ __forceinline__ RowPair largest_of_rows(const Output& o) {
 }
 
 // The unit of numbers whose largest magnitude this is: it comes to 2^14 at least and below 2^15,
-// and a number 2^28 times smaller keeps all its bits. 1 where there is an infinity. Exact, and so
-// is its inverse.
+// and a number 2^28 times smaller keeps all its bits. 1 where there is an infinity, or nothing but
+// zeros. Exact, and so is its inverse. Times a weight it may come to 0, and all of its numbers with
+// it, if they are below 2^-100.
 __device__ __forceinline__ float unit_of(float largest) {
   const int exponent = __float_as_int(largest) >> 23;  // biased; there is no sign
-  return __int_as_float((exponent == 255 ? 127 : max(exponent - 14, 1)) << 23);
+  return __int_as_float((exponent == 255 || exponent == 0 ? 127 : max(exponent - 14, 1)) << 23);
 }
 __device__ __forceinline__ float inverse_of_unit(float unit) {
   return __int_as_float((254 << 23) - __float_as_int(unit));

@@ -145,6 +145,103 @@ def test_any_number_of_splits_gives_the_same_answer(
     assert_lse_close(lse, want_lse)
 
 
+def constant_queries(
+    values: torch.Tensor, fp8_cache: bool, h_q: int, q: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [1, 2, h_q, 512], lse) over all of values, [tokens, 512], in any order: with q zero, or
+    no matter for the scores, each row of out is their mean.
+
+    Over an FP8 cache values are codes of 1 to 2 times one scale for each 128 columns.
+    """
+    tokens = values.shape[0]
+    g = torch.Generator().manual_seed(1)
+    indices = torch.stack([torch.randperm(tokens, generator=g) for _ in range(2)])
+    if fp8_cache:
+        of_group = values[0].view(4, 128)[:, 0]
+        scale = torch.where(of_group > 0, 2.0 ** of_group.log2().floor(), 1.0)
+        codes = (values.view(tokens, 4, 128) / scale[:, None]).to(torch.float8_e4m3fn)
+        cache = torch.zeros(tokens, 656, dtype=torch.uint8)
+        cache[:, :512] = codes.view(tokens, 512).view(torch.uint8)
+        cache[:, 512:528] = scale.expand(tokens, 4).contiguous().view(torch.uint8)
+    else:
+        cache = torch.zeros(tokens, 576, dtype=torch.bfloat16)
+        cache[:, :512] = values
+    if q is None:
+        q = torch.zeros(576)
+    q = q.bfloat16().expand(1, 2, h_q, 576).contiguous()
+    with backend.use_backend("cuda"):
+        return flashmla.flash_mla_with_kvcache(
+            q.to(DEVICE), cache.view(-1, 64, 1, cache.shape[-1]).to(DEVICE), None, None, 512, None,
+            is_fp8_kvcache=fp8_cache, indices=indices[None].int().to(DEVICE),
+        )  # fmt: skip
+
+
+MAGNITUDES = {
+    "tiny": (1e-6, 1e-6, 1e-6, 1e-6),
+    "large": (1e4, 1e4, 1e4, 1e4),
+    "mixed": (1e5, 1e-3, 1e-30, 1e-36),
+    "huge_beside_zeros": (1e30, 1e25, 0.0, 0.0),
+}
+"""Of the values in each group of 128 columns, two of which share a unit."""
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 16, 33])
+@pytest.mark.parametrize("h_q", [16, 100])
+@pytest.mark.parametrize("fp8_cache", [True, False])
+@pytest.mark.parametrize("magnitudes", MAGNITUDES)
+def test_partial_results_of_any_magnitude(
+    magnitudes: str, fp8_cache: bool, h_q: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of positive values, whose partial results keep 11 bits of each, comes out right."""
+    monkeypatch.setattr(sparse, "splits_for", lambda *_: splits)
+    g = torch.Generator().manual_seed(0)
+    steps = torch.randint(0, 8, (64 * 40, 512), generator=g) / 8  # exact in every format
+    of_group = torch.tensor(MAGNITUDES[magnitudes], dtype=torch.float64)
+    scale = torch.where(of_group > 0, 2.0 ** of_group.log2().floor(), 0.0)
+    values = ((1 + steps) * scale.repeat_interleave(128)).float()
+    out, lse = constant_queries(values, fp8_cache, h_q)
+    want = values.double().mean(0)
+    largest = want.view(2, 256).amax(1).repeat_interleave(256)
+    # The output's half ulp, a partial result's, and what float32 sums round.
+    power = torch.where(want > 0, 2.0 ** want.log2().floor(), 0.0)
+    allowed = (2**-8 + 2**-11 + 2**-18) * power + 2**-38 * largest + 2.0**-126
+    error = (out.double().cpu() - want).abs()
+    assert not (error > allowed).any(), f"{(error / allowed).max()} times what is allowed"
+    torch.testing.assert_close(
+        lse.cpu(), torch.full_like(lse.cpu(), float(np.log(len(values)))), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("splits", [1, 2, 16])
+@pytest.mark.parametrize("h_q", [64, 100])
+def test_infinities_and_nan_stay_where_they_are(
+    h_q: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An infinity in a split list neither spreads to other columns nor takes their unit away."""
+    monkeypatch.setattr(sparse, "splits_for", lambda *_: splits)
+    values = torch.full((64 * 40, 512), 1e5).bfloat16().float()
+    values[:, 5:400:7] = 3e38  # each of them finite, and their sum too large for float32
+    values[:, 300] = 1e-3
+    values[:, 511] = 1.0
+    values[77, 511] = float("inf")  # its score is -inf: 0 times inf
+    q = torch.zeros(576)
+    q[511] = -1.0
+    out, _ = constant_queries(values, False, h_q, q)
+    want = values.bfloat16()[0].clone()
+    want[5:400:7] = float("inf")
+    want[511] = float("nan")
+    torch.testing.assert_close(out.cpu(), want.expand_as(out), atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 16])
+def test_a_nan_among_the_keys_is_seen(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "splits_for", lambda *_: splits)
+    values = torch.ones(64 * 40, 512)
+    values[99, 3] = float("nan")
+    out, lse = constant_queries(values, False, 64)
+    assert out.isnan().all() and lse.isnan().all()
+
+
 def test_scales_are_not_rounded_to_bfloat16() -> None:
     """With a scale of 1 + 2^-9, which bfloat16 has not, on keys of one value: V comes out right.
 

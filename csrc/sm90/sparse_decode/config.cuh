@@ -54,7 +54,8 @@ enum BarrierId : uint32_t {
   kProbabilitiesEven = 1,  // P of an even tile is published: its owner arrives, the other waits
   kProbabilitiesOdd = 2,
   kRowSums = 3,  // both consumers have left their row sums
-  kOwn = 4       // all of consumer 0 have come this far; 5 is consumer 1's
+  kOwn = 4,      // all of consumer 0 have come this far; 5 is consumer 1's
+  kMeeting = 6   // nobody needs the tiles any more: producers arrive, consumers wait
 };
 
 // A warp's share of which tokens of a tile count: bit i for its token i.
@@ -96,11 +97,16 @@ struct Pages {
   bool pairs;  // neighbouring CTAs share their tiles, and so walk the same ones
 };
 
+// Whether results are of a whole list, or of a part. A kernel for either has code that is never run
+// and stands in the way of the rest.
+enum class Parts { kWhole, kSplit, kEither };
+
 struct KernelParams {
   int items;  // queries * splits * row_tiles; a CTA takes every gridDim.x-th
-  int row_tiles;
-  int splits;
+  cutlass::FastDivmod row_tiles;
+  cutlass::FastDivmod splits;
   int s_q;
+  cutlass::FastDivmod by_s_q;
   int h_q;
   int topk;
   float scale_log2;  // softmax_scale * log2(e): scores go straight to exp2
@@ -113,12 +119,11 @@ struct KernelParams {
   const int* indices;      // [queries, topk]
   int64_t indices_stride;
   const int* topk_length;
-  int queries_a_length;
+  cutlass::FastDivmod queries_a_length;
   const float* attn_sink;  // [h_q]
   void* out;
   float* lse;
-  float* out_partial;  // of lists
-  float* lse_partial;
+  ListPartials list_partials;
   Pages pages;
 };
 

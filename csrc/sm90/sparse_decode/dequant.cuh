@@ -144,16 +144,21 @@ struct Fp8ProducerOf {
     if (step == kEnd) return;
     uint4 codes[kLoads];
     float scales;
-    start_tile(0, Source::template offset<kTokenBytes>(p, cursor.index()), codes, scales);
+    // Q of few rows is asked for while the first index is on its way; of many, behind the codes,
+    // which need the time.
+    const bool early = p.h_q <= kFewRows;
+    const typename Source::Found first_index = cursor.index();
+    if (early) start_query<Source>(p, shared, step);
+    start_tile(0, Source::template offset<kTokenBytes>(p, first_index), codes, scales);
     int next_step = cursor.advance(listed());
     typename Source::Found next_index = next_step == kEnd ? Source::kNothing : cursor.index();
 
-    int item_count = 0;
+    int item_count = early;
     // region: producer
     for (int count = 0;; ++count) {
       forget(thread);
       const int stage = count % kStages;
-      if (step >= 0) {
+      if (step >= 0 && !(early && count == 0)) {
         Barrier::wait(&shared.q_empty, (item_count++ & 1) ^ 1);
         start_query<Source>(p, shared, step);
       }

@@ -12,6 +12,10 @@
 
 namespace flashmla::sm90::sparse_decode {
 
+// A lane's numbers of a pair of groups of 8 columns that are neighbours in `out`: 16 bytes of a
+// list's partial result.
+constexpr int kVectorsAWarp = kHalfV / 16 * 32;
+
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -22,7 +26,8 @@ __device__ __forceinline__ float sink_share(const float* attn_sink, int head, fl
 
 // lse [batch, h_q, s_q]
 __device__ __forceinline__ void store_lse(const KernelParams& p, int query, int head, float lse) {
-  const int b = query / p.s_q, s = query - b * p.s_q;
+  int b, s;
+  p.by_s_q(b, s, query);
   p.lse[(static_cast<int64_t>(b) * p.h_q + head) * p.s_q + s] = lse;
 }
 
@@ -45,7 +50,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
 // o: this thread's part of O[64 rows, 256 columns of half `mine`], not yet divided by the row sums.
 // Element 4 n + 2 h + e is of row + 8 h and, in shared memory's order of columns, of piece n / 8,
 // chunk n % 8, element thread % 4 * 2 + e.
-template <class T, class Item, class Output>
+template <class T, Parts kParts, class Item, class Output>
 __device__ __forceinline__ void store_result(const KernelParams& p, const Item& item, int mine,
                                              int row, Output& o, const RowPair& max,
                                              const RowPair& sum) {
@@ -55,17 +60,20 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
   if constexpr (kPaged) {
     if (!item.is_whole && (item.slot < 0 || item.slot >= p.pages.partials.slots)) return;
   }
+  const bool whole = kParts == Parts::kEither ? item.whole(p) : kParts == Parts::kWhole;
   RowPair factor;  // what is left to multiply O with
+  RowPair lse;     // base 2
   RowPair largest{{0.f, 0.f}};
-  if (kPaged && !item.whole(p)) largest = largest_of_rows(o);
+  if (kPaged && !whole) largest = largest_of_rows(o);
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int head = item.head(p, row + 8 * h);
     const bool exists = item.exists(p, row + 8 * h);
     const bool empty = sum.v[h] == 0.f;  // nothing this query may see: out 0, lse +inf
     const float lse2 = max.v[h] * p.scale_log2 + log2f(sum.v[h]);
+    lse.v[h] = empty ? -INFINITY : lse2;
     factor.v[h] = empty ? 0.f : 1.f / sum.v[h];
-    if (item.whole(p)) {
+    if (whole) {
       if (exists && !empty) factor.v[h] *= sink_share(p.attn_sink, head, lse2);
       if (exists && writes_lse)
         store_lse(p, item.query_of(p, row + 8 * h), head, empty ? INFINITY : lse2 * kLn2);
@@ -76,19 +84,16 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
         const int64_t slot_row = static_cast<int64_t>(item.slot) * p.pages.rows;
         PartialRow& state = p.pages.partials.rows[slot_row + item.row(row + 8 * h)];
         state.unit[mine] = unit;
-        if (mine == 0) state.lse2 = empty ? -INFINITY : lse2;
+        if (mine == 0) state.lse2 = lse.v[h];
       }
-    } else if (writes_lse) {
-      p.lse_partial[static_cast<int64_t>(item.number) * kRows + row + 8 * h] =
-          empty ? -INFINITY : lse2;
     }
   }
 
-  if (kPaged || item.whole(p)) {
+  if (kPaged || whole) {
     // region: store_rows
     // As T or, of a partial result, as float16: of one size.
     uint16_t* out = static_cast<uint16_t*>(p.out) + item.base_row(p) * kDimV;
-    const bool partial = kPaged && !item.whole(p);
+    const bool partial = kPaged && !whole;
     if constexpr (kPaged) {
       if (partial) {
         out = static_cast<uint16_t*>(p.pages.partials.out) +
@@ -118,13 +123,30 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Item& 
     // endregion: store_rows
   } else if constexpr (!kPaged) {
     if (item.first_head + row / 16 * 16 >= p.h_q) return;  // none of this warp's rows exists
-    const int warp = threadIdx.x / 32 % 4;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int64_t at = (static_cast<int64_t>(item.number) * 2 + mine) * 4 + warp;
-    auto* to = reinterpret_cast<float4*>(p.out_partial) + at * 1024 + threadIdx.x % 32;
+    const RowPair finite = largest_of_rows<true>(o);
+    RowPair unit;
     CUTE_UNROLL
-    for (int n = 0; n < cute::size(o) / 4; ++n) {
-      to[n * 32] = make_float4(o(4 * n) * factor.v[0], o(4 * n + 1) * factor.v[0],
-                               o(4 * n + 2) * factor.v[1], o(4 * n + 3) * factor.v[1]);
+    for (int h = 0; h < 2; ++h) {
+      unit.v[h] = unit_of(finite.v[h] * factor.v[h]);
+      factor.v[h] *= inverse_of_unit(unit.v[h]);
+    }
+    if (quad == 0) {
+      p.list_partials.rows[at * 8 + lane / 4] =
+          make_float4(lse.v[0], unit.v[0], lse.v[1], unit.v[1]);
+    }
+    uint4* to = p.list_partials.out + at * kVectorsAWarp + lane;
+    CUTE_UNROLL
+    for (int pair = 0; pair < kVectorsAWarp / 32; ++pair) {
+      __half2 x[4];
+      CUTE_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const int n = pair / 8 * 16 + pair % 8 + k / 2 * 8, h = k % 2;
+        x[k] =
+            __floats2half2_rn(o(4 * n + 2 * h) * factor.v[h], o(4 * n + 2 * h + 1) * factor.v[h]);
+      }
+      to[pair * 32] = reinterpret_cast<const uint4&>(x);
     }
   }
 }

@@ -44,7 +44,7 @@ struct Tiles {
 
 // One of the two consumer warpgroups. Both run the same instructions, so that the caches which
 // these come through hold them once.
-template <class T, class Source, bool kPair>
+template <class T, class Source, bool kPair, Parts kParts>
 struct Consumer {
   const KernelParams& p;
   SharedStorage<T>& shared;
@@ -235,7 +235,7 @@ struct Consumer {
     for (int h = 0; h < 2; ++h) {
       total.v[h] = own_sum.v[h] + shared.row_sum[sums_parity][mine ^ 1][row + 8 * h];
     }
-    store_result<T>(p, work, mine, row, o, softmax.max, total);
+    store_result<T, kParts>(p, work, mine, row, o, softmax.max, total);
     sums_parity ^= 1;
     tile_count += n;
   }
@@ -247,10 +247,10 @@ __device__ __forceinline__ void meet() {
   cute::cluster_wait();
 }
 
-template <class T, class Source, bool kPair>
+template <class T, class Source, bool kPair, Parts kParts>
 __device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>& shared,
                                         unsigned* meeting, int mine) {
-  Consumer<T, Source, kPair> consumer{p, shared, mine};
+  Consumer<T, Source, kPair, kParts> consumer{p, shared, mine};
   if constexpr (Source::kPaged) {
     PagedWorkList list(p);
     for (PagedItem work; list.next(work);) consumer.run_item(work);
@@ -260,12 +260,15 @@ __device__ __forceinline__ void consume(const KernelParams& p, SharedStorage<T>&
     }
   }
   if (kPair) return meet();  // the neighbour may still let go of tiles here
-  if (Source::kPaged || meeting == nullptr) return;
+  if (Source::kPaged || kParts == Parts::kWhole || meeting == nullptr) return;
   meet_in_unit(p, meeting);
-  merge_share<T>(p, blockIdx.x, threadIdx.x - kProducerThreads);
+  // Where Q and tiles of K were.
+  static_assert(sizeof(MergeStorage) <= sizeof(SharedStorage<T>::q) + sizeof(SharedStorage<T>::kv));
+  merge_share<T>(p, reinterpret_cast<MergeStorage&>(shared), blockIdx.x,
+                 threadIdx.x - kProducerThreads);
 }
 
-template <class T, class Source, template <class, class> class Producer>
+template <class T, class Source, template <class, class> class Producer, Parts kParts>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_decode_kernel(const __grid_constant__ KernelParams p, unsigned* meeting) {
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -297,9 +300,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup < 2) {
     cutlass::arch::warpgroup_reg_dealloc<kRegistersProducer>();
     Producer<T, Source>{p, shared}.run();
+    if (kParts == Parts::kSplit && meeting != nullptr) {
+      cutlass::arch::NamedBarrier::arrive(kThreads, kMeeting);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kRegistersConsumer>();
-    consume<T, Source, kPair>(p, shared, meeting, warpgroup - 2);
+    consume<T, Source, kPair, kParts>(p, shared, meeting, warpgroup - 2);
   }
 }
 

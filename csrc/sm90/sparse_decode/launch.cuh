@@ -9,8 +9,15 @@ namespace flashmla::sm90::sparse_decode {
 
 template <class T, template <class, class> class Producer>
 void launch_lists(const Args& a, cudaStream_t stream) {
-  launch_lists<&sparse_decode_kernel<T, ListSource, Producer>>(
-      a, kThreads, sizeof(SharedStorage<T>), Producer<T, ListSource>::kIsPair, stream);
+  constexpr bool kPair = Producer<T, ListSource>::kIsPair;
+  constexpr int kShared = sizeof(SharedStorage<T>);
+  if (kPair || a.splits == 1) {
+    constexpr auto kKernel = &sparse_decode_kernel<T, ListSource, Producer, Parts::kWhole>;
+    launch_lists<kKernel>(a, kThreads, kShared, kPair, stream);
+  } else if constexpr (!kPair) {
+    constexpr auto kKernel = &sparse_decode_kernel<T, ListSource, Producer, Parts::kSplit>;
+    launch_lists<kKernel>(a, kThreads, kShared, false, stream);
+  }
 }
 
 template <class T, template <class, class> class Producer>
@@ -19,10 +26,10 @@ void launch_pages(const PagedArgs& a, cudaStream_t stream) {
   p.pages.pairs = Producer<T, PagedSource>::kIsPair;
 
   constexpr int kShared = sizeof(SharedStorage<T>);
-  constexpr auto kKernel = &sparse_decode_kernel<T, PagedSource, Producer>;
+  constexpr auto kKernel = &sparse_decode_kernel<T, PagedSource, Producer, Parts::kEither>;
   allow_shared_memory<kKernel>(kShared);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.row_tiles, a.parts);
+  config.gridDim = dim3(row_tiles(a.rows), a.parts);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = stream;

@@ -29,6 +29,14 @@ struct Common {
   float* lse;              // [b, h_q, s_q]
 };
 
+// Partial results of lists that were split, in the order of the accumulators (merge.cuh).
+struct ListPartials {
+  uint4* out;  // [items, 2 halves, 4 warps, 16 pairs of groups, 32 lanes], 8 float16 each
+  // [items, 2 halves, 4 warps, 8 rows]: LSE (base 2) and unit of a row and of the one eight below
+  float4* rows;
+};
+constexpr int kListPartialRowFloats = 512 / 2 + 2 * 2;  // the memory of a row
+
 struct Args : Common {
   Cache cache;
   bool is_bf16;  // of q and out, and of a plain cache
@@ -38,8 +46,7 @@ struct Args : Common {
   int64_t indices_stride;
   const int* topk_length;  // [requests / queries_a_length], or null
   int queries_a_length;
-  float* out_partial;  // [items, 64, 512] in the order of the accumulators; splits > 1 only
-  float* lse_partial;  // [items, 64], base 2
+  ListPartials partials;  // splits > 1 only
   int sms;
 };
 

@@ -10,8 +10,9 @@ namespace flashmla::sm90::sparse_decode {
 
 inline KernelParams common_params(const Common& a) {
   KernelParams p{};
-  p.row_tiles = row_tiles(a.rows);
+  p.row_tiles = cutlass::FastDivmod(row_tiles(a.rows));
   p.s_q = a.s_q;
+  p.by_s_q = cutlass::FastDivmod(a.s_q);
   p.h_q = a.h_q;
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   p.q = a.q;
@@ -29,15 +30,14 @@ inline KernelParams common_params(const Common& a) {
 
 inline KernelParams list_params(const Args& a) {
   KernelParams p = common_params(a);
-  p.splits = a.splits;
-  p.items = a.requests * a.splits * p.row_tiles;
+  p.splits = cutlass::FastDivmod(a.splits);
+  p.items = a.requests * a.splits * row_tiles(a.rows);
   p.topk = a.topk;
   p.indices = a.indices;
   p.indices_stride = a.indices_stride;
   p.topk_length = a.topk_length;
-  p.queries_a_length = a.queries_a_length;
-  p.out_partial = a.out_partial;
-  p.lse_partial = a.lse_partial;
+  p.queries_a_length = cutlass::FastDivmod(a.queries_a_length);
+  p.list_partials = a.partials;
   return p;
 }
 

@@ -25,7 +25,9 @@ struct WorkItem {
   int tiles;   // 0: nothing to attend to, and the result says so
   int length;  // of the whole list
 
-  __device__ __forceinline__ bool whole(const KernelParams& p) const { return p.splits == 1; }
+  __device__ __forceinline__ bool whole(const KernelParams& p) const {
+    return p.splits.divisor == 1;
+  }
   // Of a row of the CTA: among those of the query, and the first of these among all.
   __device__ __forceinline__ int row(int r) const { return first_head + r; }
   __device__ __forceinline__ bool exists(const KernelParams& p, int r) const {
@@ -43,17 +45,18 @@ struct WorkItem {
 __device__ __forceinline__ WorkItem work_item(const KernelParams& p, int number) {
   WorkItem w;
   w.number = number;
-  const int unit = number / p.splits;
-  const int split = number - unit * p.splits;
-  w.query = unit / p.row_tiles;
-  w.first_head = (unit - w.query * p.row_tiles) * kRows;
+  int unit, split, row_tile;
+  p.splits(unit, split, number);
+  p.row_tiles(w.query, row_tile, unit);
+  w.first_head = row_tile * kRows;
   w.length = p.topk;
   if (p.topk_length != nullptr) {
-    w.length = min(p.topk, max(0, p.topk_length[w.query / p.queries_a_length]));
+    w.length = min(p.topk, max(0, p.topk_length[p.queries_a_length.div(w.query)]));
   }
-  const int64_t all = (w.length - 1) / kTokens + (w.length > 0);  // no overflow at INT_MAX
-  w.first_tile = static_cast<int>(all * split / p.splits);
-  w.tiles = static_cast<int>(all * (split + 1) / p.splits) - w.first_tile;
+  int each, over;
+  p.splits(each, over, (w.length - 1) / kTokens + (w.length > 0));  // no overflow at INT_MAX
+  w.first_tile = split * each + min(split, over);
+  w.tiles = each + (split < over);
   return w;
 }
 
