@@ -7,7 +7,7 @@ line is cut into pieces of equal length, one a part. A cut inside a request's ov
 to the request's start. So a part holds a range of (request, tile) pairs, and a long request is
 split over several parts, whose partial results are merged by their log-sum-exp.
 
-Splitting has a price: partial results are written in float32 and read again. Where moving every
+Splitting has a price: partial results are written and read again. Where moving every
 cut to the nearest start of a request leaves the longest part not much longer than the equal share
 (SLACK places, or up to MOST_SLACK where a share is long), the plan does that instead, and no
 request is split. Parts with too little to do are not made at all: see :func:`active_parts`. And
