@@ -68,8 +68,8 @@ struct Weights {
   }
 };
 
-// To out: a thread's kCount columns of a row from each of `columns` on, divided by the weights,
-// which a sink adds to; to lse, by the thread that has column 0.
+// To out: a thread's kParts times kCount columns of a row, from `column` on, divided by the
+// weights, which a sink adds to; to lse, by the thread that has column 0.
 template <class T, int kParts, int kCount>
 __device__ __forceinline__ void store_row(const KernelParams& p, const SplitRow& split, int column,
                                           int stride, const Weights& weights,
