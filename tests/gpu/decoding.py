@@ -78,3 +78,33 @@ def assert_at_once_as_alone(*calls: Callable[[], tuple[torch.Tensor, torch.Tenso
         for out, lse in got:
             assert_identical("out", out, want_out)
             assert_identical("lse", lse, want_lse)
+
+
+MAGNITUDES = {
+    "tiny": (1e-6, 1e-6, 1e-6, 1e-6),
+    "large": (1e4, 1e4, 1e4, 1e4),
+    "mixed": (1e5, 1e-3, 1e-30, 1e-36),
+    "huge_beside_zeros": (1e30, 1e25, 0.0, 0.0),
+}
+"""Of values in each group of 128 columns, two of which share a unit in a partial result."""
+
+
+def values_of_magnitude(name: str, tokens: int) -> torch.Tensor:
+    """[tokens, 512] of MAGNITUDES[name], each 1 to 2 times a power of two in steps of an eighth:
+    exact in bfloat16, and in FP8 with that power as the scale."""
+    steps = torch.randint(0, 8, (tokens, 512), generator=torch.Generator().manual_seed(0)) / 8
+    of_group = torch.tensor(MAGNITUDES[name], dtype=torch.float64)
+    scale = torch.where(of_group > 0, 2.0 ** of_group.log2().floor(), 0.0)
+    return ((1 + steps) * scale.repeat_interleave(128)).float()
+
+
+def assert_mean_of(values: torch.Tensor, out: torch.Tensor) -> None:
+    """Each row of out, [..., 512], is the mean of values, [tokens, 512], to the bits that are kept:
+    the output's half ulp, a partial result's, what float32 sums round; and what is too small beside
+    the largest of its half of a row, or for float32."""
+    want = values.double().mean(0)
+    largest = want.view(2, 256).amax(1).repeat_interleave(256)
+    power = torch.where(want > 0, 2.0 ** want.log2().floor(), 0.0)
+    allowed = (2**-8 + 2**-11 + 2**-18) * power + 2**-38 * largest + 2.0**-126
+    error = (out.double().cpu() - want).abs()
+    assert not (error > allowed).any(), f"{(error / allowed).max()} times what is allowed"

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from cases import DECODE_CASES, DecodeCase, DecodeInputs, case_id, large_decode_cases
-from decoding import decode, plan_for, poison_free_memory
+from decoding import (
+    MAGNITUDES,
+    assert_mean_of,
+    decode,
+    plan_for,
+    poison_free_memory,
+    values_of_magnitude,
+)
 
 import flashmla
 from flashmla import backend
@@ -74,26 +81,13 @@ def test_partial_results_of_few_rows_and_of_many(b: int, h_q: int) -> None:
         assert_identical("lse", again_lse, lse)
 
 
-MAGNITUDES = {
-    "tiny": (1e-6, 1e-6, 1e-6, 1e-6),
-    "large": (1e4, 1e4, 1e4, 1e4),
-    "mixed": (1e5, 1e-3, 1e-30, 1e-36),
-    "huge_beside_zeros": (1e30, 1e25, 0.0, 0.0),
-}
-"""Of the values in each group of 128 columns, two of which share a unit in a partial result."""
-
-
 @pytest.mark.parametrize("batch_invariant", [False, True], ids=["plain", "invariant"])
 @pytest.mark.parametrize("h_q", [3, 64, 128])
 @pytest.mark.parametrize("magnitudes", MAGNITUDES)
 def test_partial_results_of_any_magnitude(magnitudes: str, h_q: int, batch_invariant: bool) -> None:
     """With zeros for queries each row is the mean of the values, to the bits that are kept."""
     lengths, pages = (5000, 2560), 80
-    g = torch.Generator().manual_seed(0)
-    steps = torch.randint(0, 8, (len(lengths) * pages * 64, 512), generator=g) / 8
-    of_group = torch.tensor(MAGNITUDES[magnitudes], dtype=torch.float64)
-    scale = torch.where(of_group > 0, 2.0 ** of_group.log2().floor(), 0.0)
-    values = ((1 + steps) * scale.repeat_interleave(128)).float()  # exact in bfloat16
+    values = values_of_magnitude(magnitudes, len(lengths) * pages * 64)
     cache = torch.zeros(len(values), 576, dtype=torch.bfloat16)
     cache[:, :512] = values
     table = torch.arange(len(lengths) * pages, dtype=torch.int32).view(len(lengths), pages)
@@ -106,14 +100,8 @@ def test_partial_results_of_any_magnitude(magnitudes: str, h_q: int, batch_invar
             cache.view(-1, 64, 1, 576).to(DEVICE), table.to(DEVICE), seqlens, 512, *plan,
         )  # fmt: skip
     for request, length in enumerate(lengths):
-        want = values.view(len(lengths), -1, 512)[request, :length].double().mean(0)
-        largest = want.view(2, 256).amax(1).repeat_interleave(256)
-        power = torch.where(want > 0, 2.0 ** want.log2().floor(), 0.0)
-        # The output's half ulp, a partial result's, what float32 sums round; and what is too small
-        # beside the largest, or for float32.
-        allowed = (2**-8 + 2**-11 + 2**-18) * power + 2**-38 * largest + 2.0**-126
-        error = (out[request].double().cpu() - want).abs()
-        assert not (error > allowed).any(), f"{(error / allowed).max()} times what is allowed"
+        seen = values.view(len(lengths), -1, 512)[request, :length]
+        assert_mean_of(seen, out[request])
         assert_lse_close(lse[request], np.full((h_q, 1), np.log(length)))
 
 

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 from cases import SPARSE_DECODE_CASES, SparseDecodeCase, SparseDecodeInputs, case_id, to_numpy
-from decoding import assert_at_once_as_alone
+from decoding import (
+    MAGNITUDES,
+    assert_at_once_as_alone,
+    assert_mean_of,
+    values_of_magnitude,
+)
 
 import flashmla
 from flashmla import backend
@@ -176,15 +181,6 @@ def constant_queries(
         )  # fmt: skip
 
 
-MAGNITUDES = {
-    "tiny": (1e-6, 1e-6, 1e-6, 1e-6),
-    "large": (1e4, 1e4, 1e4, 1e4),
-    "mixed": (1e5, 1e-3, 1e-30, 1e-36),
-    "huge_beside_zeros": (1e30, 1e25, 0.0, 0.0),
-}
-"""Of the values in each group of 128 columns, two of which share a unit."""
-
-
 @pytest.mark.parametrize("splits", [1, 2, 5, 16, 33])
 @pytest.mark.parametrize("h_q", [16, 100])
 @pytest.mark.parametrize("fp8_cache", [True, False])
@@ -194,19 +190,9 @@ def test_partial_results_of_any_magnitude(
 ) -> None:
     """The mean of positive values, whose partial results keep 11 bits of each, comes out right."""
     monkeypatch.setattr(sparse, "splits_for", lambda *_: splits)
-    g = torch.Generator().manual_seed(0)
-    steps = torch.randint(0, 8, (64 * 40, 512), generator=g) / 8  # exact in every format
-    of_group = torch.tensor(MAGNITUDES[magnitudes], dtype=torch.float64)
-    scale = torch.where(of_group > 0, 2.0 ** of_group.log2().floor(), 0.0)
-    values = ((1 + steps) * scale.repeat_interleave(128)).float()
+    values = values_of_magnitude(magnitudes, 64 * 40)
     out, lse = constant_queries(values, fp8_cache, h_q)
-    want = values.double().mean(0)
-    largest = want.view(2, 256).amax(1).repeat_interleave(256)
-    # The output's half ulp, a partial result's, and what float32 sums round.
-    power = torch.where(want > 0, 2.0 ** want.log2().floor(), 0.0)
-    allowed = (2**-8 + 2**-11 + 2**-18) * power + 2**-38 * largest + 2.0**-126
-    error = (out.double().cpu() - want).abs()
-    assert not (error > allowed).any(), f"{(error / allowed).max()} times what is allowed"
+    assert_mean_of(values, out)
     torch.testing.assert_close(
         lse.cpu(), torch.full_like(lse.cpu(), float(np.log(len(values)))), atol=1e-5, rtol=0
     )
