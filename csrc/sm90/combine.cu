@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "../common/cuda_check.h"
+#include "../common/log_base.h"
 #include "launch.h"
 #include "partials.cuh"
 #include "schedule.h"
@@ -51,7 +52,7 @@ __device__ __forceinline__ void store_row(const DecodeShape& shape, int request,
   const int s = row / shape.group();
   const int64_t query = static_cast<int64_t>(request) * shape.s_q + s;
   const bool empty = w.weights == 0.f;  // a row with nothing to attend to gives 0
-  const float sink = attn_sink == nullptr ? -INFINITY : attn_sink[head] * 1.4426950408889634f;
+  const float sink = attn_sink == nullptr ? -INFINITY : attn_sink[head] * kLog2E;
   const float inverse = empty ? 0.f : 1.f / (w.weights + exp2f(sink - max));
   cutlass::NumericArrayConverter<T, float, 4> convert;
   const auto packed =
@@ -60,7 +61,7 @@ __device__ __forceinline__ void store_row(const DecodeShape& shape, int request,
   *reinterpret_cast<uint2*>(to) = reinterpret_cast<const uint2&>(packed);
   if (lane == 0) {
     const int64_t at = (static_cast<int64_t>(request) * shape.h_q + head) * shape.s_q + s;
-    lse[at] = empty ? INFINITY : (max + log2f(w.weights)) * 0.6931471805599453f;
+    lse[at] = empty ? INFINITY : (max + log2f(w.weights)) * kLn2;
   }
 }
 

@@ -2,6 +2,7 @@
 // otherwise to its slot of the partial results, which merge.cuh (or combine.cu) merges.
 #pragma once
 
+#include "../../common/log_base.h"
 #include "../partials.cuh"
 #include "config.cuh"
 #include "softmax.cuh"
@@ -30,7 +31,7 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const WorkIt
     float total = sum.v[h];  // a sink weighs in where the result is whole, and nowhere else
     if (whole && p.attn_sink != nullptr && r < p.rows.divisor) {
       const int head = blockIdx.y * group + p.group.rem(r);
-      total += exp2f(p.attn_sink[head] * 1.4426950408889634f - max2);
+      total += exp2f(p.attn_sink[head] * kLog2E - max2);
     }
     // Nothing this row may see: out 0, lse +inf.
     factor.v[h] = sum.v[h] == 0.f ? 0.f : 1.f / total;
@@ -85,8 +86,7 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const WorkIt
     } else if (mine == 0) {
       const int64_t head =
           static_cast<int64_t>(item.request) * p.shape.h_q + blockIdx.y * group + p.group.rem(r);
-      p.lse[head * p.shape.s_q + p.group.div(r)] =
-          empty ? INFINITY : lse2.v[h] * 0.6931471805599453f;
+      p.lse[head * p.shape.s_q + p.group.div(r)] = empty ? INFINITY : lse2.v[h] * kLn2;
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "../../common/log_base.h"
 #include "../../common/shared_memory.h"
 #include "../../common/tensor_map.h"
 #include "kernel.cuh"
@@ -34,7 +35,7 @@ void launch(const DenseDecodeArgs& a, cudaStream_t stream) {
   p.rows = cutlass::FastDivmod(shape.rows());
   p.request_rows = cutlass::FastDivmod(shape.h_kv * shape.rows());
   p.causal = a.causal;
-  p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  p.scale_log2 = a.softmax_scale * kLog2E;
   p.block_table = a.block_table;
   p.block_table_stride = a.block_table_stride;
   // Row tiles that share a cache fetch it into L2 ahead of time; for one alone that only displaces

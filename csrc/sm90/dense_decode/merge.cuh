@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../../common/grid_barrier.cuh"
+#include "../../common/log_base.h"
 #include "../partials.cuh"
 #include "../split_requests.cuh"
 #include "config.cuh"
@@ -81,7 +82,7 @@ __device__ __forceinline__ void store_row(const KernelParams& p, const SplitRow&
   const bool empty = weights.sum == 0.f;  // nothing this row may see: out 0, lse +inf
   float total = weights.sum;
   if (p.attn_sink != nullptr) {
-    total += exp2f(p.attn_sink[head] * 1.4426950408889634f - weights.max2);
+    total += exp2f(p.attn_sink[head] * kLog2E - weights.max2);
   }
   const float factor = empty ? 0.f : 1.f / total;
   const int64_t query = static_cast<int64_t>(split.request) * p.shape.s_q + s;
@@ -99,7 +100,7 @@ __device__ __forceinline__ void store_row(const KernelParams& p, const SplitRow&
   }
   if (column == 0) {
     const int64_t at = (static_cast<int64_t>(split.request) * p.shape.h_q + head) * p.shape.s_q + s;
-    p.lse[at] = empty ? INFINITY : (weights.max2 + log2f(weights.sum)) * 0.6931471805599453f;
+    p.lse[at] = empty ? INFINITY : (weights.max2 + log2f(weights.sum)) * kLn2;
   }
 }
 

@@ -1,6 +1,7 @@
 // Where a finished block of rows goes: normalised to `out`, its logarithms to `lse`.
 #pragma once
 
+#include "../../common/log_base.h"
 #include "config.cuh"
 #include "rows.cuh"
 #include "softmax.cuh"
@@ -22,7 +23,7 @@ __device__ __forceinline__ void store_result(const KernelParams& p, const Work& 
     inverse[h] = empty ? 0.f : 1.f / sum.v[h];
     if (exists[h] && threadIdx.x % 4 == 0) {
       const float lse2 = max.v[h] * p.scale_log2 + log2f(sum.v[h]);
-      p.lse[at + int64_t{8} * h * p.h_q] = empty ? INFINITY : lse2 * 0.6931471805599453f;
+      p.lse[at + int64_t{8} * h * p.h_q] = empty ? INFINITY : lse2 * kLn2;
     }
   }
   store_rows<kDimV>(static_cast<T*>(p.out) + at * kDimV, int64_t{8} * p.h_q * kDimV, o, inverse,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../../common/log_base.h"
 #include "../../common/shared_memory.h"
 #include "kernel.cuh"
 #include "row_map.h"
@@ -25,7 +26,7 @@ void launch(const DensePrefillArgs& a, cudaStream_t stream) {
       h_q,
       h_q / static_cast<int>(a.k.heads),
       a.causal,
-      a.softmax_scale * 1.4426950408889634f,
+      a.softmax_scale * kLog2E,
       a.out,
       a.lse,
   };

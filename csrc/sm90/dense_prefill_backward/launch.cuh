@@ -1,6 +1,7 @@
 // Tensor maps and launches of backward for one element type and head size.
 #pragma once
 
+#include "../../common/log_base.h"
 #include "../../common/shared_memory.h"
 #include "../dense_prefill/row_map.h"
 #include "kernel.cuh"
@@ -37,7 +38,7 @@ void launch(const DensePrefillBackwardArgs& a, cudaStream_t stream) {
                        h_q / h_kv,
                        f.causal,
                        f.softmax_scale,
-                       f.softmax_scale * 1.4426950408889634f,
+                       f.softmax_scale * kLog2E,
                        a.tiles,
                        a.lse2,
                        a.delta,

@@ -5,6 +5,7 @@
 
 #include <cutlass/numeric_conversion.h>
 
+#include "../../common/log_base.h"
 #include "config.cuh"
 
 namespace flashmla::sm90::dense_prefill_backward {
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
       const int64_t from = query * h_q + head;
       if (exists && d_lse != nullptr) sum -= d_lse[from];
       // A query with nothing to attend to has LSE +inf, and so probabilities 0.
-      lse2[at * kQueries + r] = exists ? lse[from] * 1.4426950408889634f : INFINITY;
+      lse2[at * kQueries + r] = exists ? lse[from] * kLog2E : INFINITY;
       delta[at * kQueries + r] = exists ? sum : 0.f;
     }
   }

@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "../../common/log_base.h"
 #include "../partials.cuh"
 #include "source.cuh"
 
@@ -15,9 +16,6 @@ namespace flashmla::sm90::sparse_decode {
 // A lane's numbers of a pair of groups of 8 columns that are neighbours in `out`: 16 bytes of a
 // list's partial result.
 constexpr int kVectorsAWarp = kHalfV / 16 * 32;
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // What the sink leaves to the keys: exp(lse) / (exp(lse) + exp(sink)).
 __device__ __forceinline__ float sink_share(const float* attn_sink, int head, float lse2) {

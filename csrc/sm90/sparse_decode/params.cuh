@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "../../common/log_base.h"
 #include "config.cuh"
 
 namespace flashmla::sm90::sparse_decode {
@@ -14,7 +15,7 @@ inline KernelParams common_params(const Common& a) {
   p.s_q = a.s_q;
   p.by_s_q = cutlass::FastDivmod(a.s_q);
   p.h_q = a.h_q;
-  p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  p.scale_log2 = a.softmax_scale * kLog2E;
   p.q = a.q;
   p.q_stride_query = a.q_stride_request;
   p.q_stride_head = a.q_stride_row;

@@ -4,6 +4,7 @@
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "../../common/log_base.h"
 #include "softmax.cuh"
 
 namespace flashmla::sm90::sparse_prefill {
@@ -17,7 +18,7 @@ __device__ __forceinline__ RowPair output_factor(const KernelParams& p, const Wo
     const int head = item.first_head + row + 8 * h;
     float total = sum.v[h];
     if (p.attn_sink != nullptr && head < p.h_q) {
-      total += exp2f(__ldg(p.attn_sink + head) * 1.4426950408889634f - max.v[h] * p.scale_log2);
+      total += exp2f(__ldg(p.attn_sink + head) * kLog2E - max.v[h] * p.scale_log2);
     }
     factor.v[h] = sum.v[h] == 0.f ? 0.f : 1.f / total;  // nothing this row may see: out 0
   }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../../common/log_base.h"
 #include "launch.h"
 
 namespace flashmla::sm90::sparse_prefill {
@@ -13,9 +14,9 @@ void set_common(Params& p, const Args& a) {
   p.h_q = a.h_q;
   p.d_qk = a.d_qk;
   p.topk = a.topk;
-  p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  p.scale_log2 = a.softmax_scale * kLog2E;
   p.scale = a.softmax_scale;
-  p.lse_unit = a.lse_base_2 ? 1.f : 0.6931471805599453f;
+  p.lse_unit = a.lse_base_2 ? 1.f : kLn2;
   p.kv = static_cast<const uint8_t*>(a.kv);
   p.kv_stride16 = static_cast<uint32_t>(a.kv_stride * static_cast<int64_t>(sizeof(T)) / 16);
   p.tokens = static_cast<uint32_t>(std::min<int64_t>(a.tokens, int64_t{1} << 31));

@@ -3,6 +3,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "../../../common/log_base.h"
 #include "gather.cuh"
 #include "softmax.cuh"
 
@@ -67,7 +68,7 @@ struct Totals {
       top.v[c] = largest;
       lse2.v[c] = shift + log2f(total);
       if (p.attn_sink != nullptr && head < p.h_q) {
-        total += exp2f(__ldg(p.attn_sink + head) * 1.4426950408889634f - shift);
+        total += exp2f(__ldg(p.attn_sink + head) * kLog2E - shift);
       }
       // A head that has seen nothing: out 0.
       factor.v[c] = sum.v[c] == 0.f ? 0.f : exp2f(state[consumer].shift[head] - shift) / total;
